@@ -1,0 +1,192 @@
+"""Decides how a YAML file is read and how a problem in it is placed: `pipeline.yaml:9: models.pnet.x: ...`.
+
+Hides PyYAML: duplicate keys are problems, `1e-4` is a number (YAML 1.2; PyYAML alone reads YAML 1.1, where it is
+text), and pydantic's errors become one line each with file, line, the value found and the value expected. Lines are
+looked up in a second, slower pass that runs only when there is something to report.
+
+Source: https://yaml.org/spec/1.2.2/ section 10.3.2 (floats); pydantic's list of error types.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from tritonbuild.errors import SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from pydantic_core import ErrorDetails
+
+Location = tuple["str | int", ...]
+Problem = tuple[Location, str]
+
+_Base: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_Base):
+    """PyYAML's safe loader, which also notes keys that a mapping holds twice."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.duplicates: list[tuple[int, str]] = []
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[object, int] = {}
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                line = key_node.start_mark.line + 1
+                if key_node.value in seen:
+                    first = seen[key_node.value]
+                    self.duplicates.append((line, f'"{key_node.value}" is already set on line {first}'))
+                seen.setdefault(key_node.value, line)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read(path: Path) -> Any:
+    """Return the content of the YAML file.
+
+    Raises:
+        SpecError: The file is missing, not UTF-8, not YAML, or a mapping holds a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SpecError([f"{path.name}: no such file in {path.parent.resolve()}"]) from None
+    except IsADirectoryError:
+        raise SpecError([f"{path.name}: is a folder, expected a file"]) from None
+    except PermissionError:
+        raise SpecError([f"{path.name}: may not be read by this user"]) from None
+    except UnicodeDecodeError as error:
+        raise SpecError([f"{path.name}: not UTF-8 text: byte {error.start} is {error.reason}"]) from None
+    try:
+        loader = _Loader(text)
+        try:
+            data = loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        context = f" {error.context}" if error.context else ""
+        raise SpecError([f"{path.name}:{line}: not YAML: {error.problem}{context}"]) from None
+    except yaml.YAMLError as error:
+        raise SpecError([f"{path.name}: not YAML: {str(error).splitlines()[0]}"]) from None
+    if loader.duplicates:
+        raise SpecError([f"{path.name}:{line}: duplicate key: {what}" for line, what in loader.duplicates])
+    return data
+
+
+def place(path: Path, location: Location) -> str:
+    """Return `pipeline.yaml:9: models.pnet.config` for a location, or its nearest parent that is in the file."""
+    return _Lines(path).place(location)
+
+
+def render(path: Path, problems: Iterable[Problem]) -> list[str]:
+    """Return one line a problem, in the order of the file's lines."""
+    lines = _Lines(path)
+    placed = sorted((lines.line(location), f"{lines.place(location)}: {what}") for location, what in problems)
+    return list(dict.fromkeys(text for _, text in placed))
+
+
+class _Lines:
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        self.root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+
+    def line(self, location: Location) -> int:
+        node: Any = self.root
+        line = 1
+        for step in location:
+            found = None
+            if isinstance(node, yaml.MappingNode):
+                for key, value in node.value:
+                    if key.value == str(step):
+                        line, found = key.start_mark.line + 1, value
+            elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+                found = node.value[step]
+                line = found.start_mark.line + 1
+            if found is None:
+                break
+            node = found
+        return line
+
+    def place(self, location: Location) -> str:
+        where = f"{self.name}:{self.line(location)}"
+        return f"{where}: {dotted(location)}" if location else where
+
+
+def dotted(location: Location) -> str:
+    """Return `models.pnet.inputs.image.shape[0]`; version numbers are keys: `models.pnet.versions.2`."""
+    text, previous = "", None
+    for step in location:
+        text += f"[{step}]" if isinstance(step, int) and previous != "versions" else f".{step}"
+        previous = step
+    return text.removeprefix(".")
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean "x"?`, or nothing when no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f'; did you mean "{near[0]}"?' if near else ""
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dataclass_type": "a mapping",
+}
+
+
+def explain(error: ErrorDetails, known: Sequence[str]) -> str:
+    """Return a pydantic error in our words.
+
+    Args:
+        error: One entry of `ValidationError.errors()`.
+        known: The keys that are allowed beside the one the error is about.
+    """
+    kind, found = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        key = str(error["loc"][-1])
+        return "unknown key" + (closest(key, known) or f"; expected one of {', '.join(known)}")
+    if kind == "missing":
+        return "missing"
+    if kind in _EXPECTED:
+        return f"found {shown(found)}, expected {_EXPECTED[kind]}"
+    context = error.get("ctx", {})
+    if kind == "literal_error":
+        return f"found {shown(found)}, expected one of {context['expected'].replace(chr(39), '')}"
+    if kind in {"greater_than_equal", "greater_than", "less_than_equal", "less_than"}:
+        (name, bound), *_ = context.items()
+        words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+        return f"found {shown(found)}, expected {words[name]} {bound}"
+    if kind in {"too_short", "too_long"}:
+        return f"found {context['actual_length']} entries, expected {context.get('min_length', context.get('max_length'))}"
+    return f"found {shown(found)}, expected {error['msg'].removeprefix('Input should be ').removeprefix('Value error, ')}"
+
+
+def shown(value: object) -> str:
+    """Return a value as a person would write it in YAML, cut to 60 characters."""
+    if value is None:
+        return "nothing"
+    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value).replace("'", '"')
+    return text if len(text) <= 60 else text[:57] + "..."
