@@ -50,7 +50,7 @@ def pipeline_problems(pipeline: Pipeline) -> Iterator[Problem]:
         if name.lower() in folded:
             yield (
                 ("models", name),
-                f'differs from "{folded[name.lower()]}" only in case; some file systems keep just one of the two folders',
+                f'differs from "{folded[name.lower()]}" only in case; some file systems keep one of the two folders',
             )
         folded.setdefault(name.lower(), name)
 
@@ -60,8 +60,7 @@ def model_problems(name: str, model: Model) -> Iterator[Problem]:
     if not _MODEL_NAME.fullmatch(name):
         yield (
             (),
-            f"found {shown(name)}, expected a model name of letters, digits, dots, dashes and underscores, "
-            "not starting with a dot or a dash",
+            f"found {shown(name)}, expected letters, digits, dots, dashes and underscores, no dot or dash in front",
         )
     yield from _source_problems((), model.entry_point, model.kwargs, model.weights, model.trace)
     for number, version in model.versions.items():
@@ -121,7 +120,10 @@ def _hazard_names() -> Sequence[str]:
 def _path_problems(at: Location, text: str, suffixes: Sequence[str]) -> Iterator[Problem]:
     path = PurePosixPath(text)
     if path.is_absolute() or text.startswith("~") or "\\" in text:
-        yield at, f"found {shown(text)}, expected a path relative to the folder of pipeline.yaml, with forward slashes"
+        yield (
+            at,
+            f"found {shown(text)}, expected a path relative to the folder of pipeline.yaml, with forward slashes",
+        )
     elif ".." in path.parts:
         yield at, f"found {shown(text)}, expected a path that stays inside the folder of pipeline.yaml"
     elif path.suffix.lower() not in suffixes:
@@ -140,14 +142,20 @@ def _axis_problems(model: Model) -> Iterator[Problem]:
     for name, axis in model.axes.items():
         at: Location = ("axes", name)
         if name == "batch":
-            yield at, "batch is Triton's implicit batch axis; its sizes are 1 to max_batch_size, set that instead"
+            yield (
+                at,
+                "batch is Triton's implicit batch axis; its sizes are 1 to max_batch_size, set that instead",
+            )
             continue
         if not _AXIS_NAME.fullmatch(name):
             yield at, f"found {shown(name)}, expected an axis name of letters, digits and underscores"
         if axis.min > axis.max:
             yield (*at, "min"), f"found {axis.min}, expected at most max, {axis.max}"
         elif not axis.min <= axis.example <= axis.max:
-            yield (*at, "example"), f"found {axis.example}, expected a size from min to max, {axis.min} to {axis.max}"
+            yield (
+                (*at, "example"),
+                f"found {axis.example}, expected a size from min to max, {axis.min} to {axis.max}",
+            )
         for key in ("example", "min", "max"):
             size: int = getattr(axis, key)
             if size % axis.multiple_of:
@@ -163,7 +171,7 @@ def _batch_problems(model: Model) -> Iterator[Problem]:
     if batched and not model.max_batch_size:
         yield (
             ("inputs", batched[0], "shape"),
-            "has the axis batch, but max_batch_size is not set; set it to the largest batch, or write a size instead of batch",
+            "has the axis batch, but max_batch_size is not set; set it, or write a size instead of batch",
         )
     if not model.max_batch_size:
         return
@@ -171,8 +179,7 @@ def _batch_problems(model: Model) -> Iterator[Problem]:
         if "batch" not in declared.shape:
             yield (
                 ("inputs", name, "shape"),
-                f"has no axis batch, but max_batch_size is {model.max_batch_size}: "
-                "Triton puts a batch in front of every input; write batch first, or leave max_batch_size out",
+                f"has no axis batch, but max_batch_size is {model.max_batch_size}; write batch first, or leave it out",
             )
 
 
@@ -223,7 +230,10 @@ def _range_problems(at: Location, declared: Input) -> Iterator[Problem]:
         if isinstance(bound, float):
             yield (*at, "range", i), f"found {bound}, expected a whole number for {declared.dtype}"
         elif not limits[0] <= bound <= limits[1]:
-            yield (*at, "range", i), f"found {bound}, expected {limits[0]} to {limits[1]} for {declared.dtype}"
+            yield (
+                (*at, "range", i),
+                f"found {bound}, expected {limits[0]} to {limits[1]} for {declared.dtype}",
+            )
 
 
 def _tensor_name(name: str) -> str:
@@ -242,15 +252,13 @@ def _index_problems(at: Location, names: Sequence[str], *, keyed: bool) -> Itera
         if index is not None and index != i:
             yield (
                 (*at, name) if keyed else (*at, i),
-                f'Triton reads the end of "{name}" as position {index}, but it stands at position {i}; '
-                f'rename it, or number all from 0 in order: "{name.split("__")[0]}__{i}"',
+                f'Triton reads the end of "{name}" as position {index}, but it is at {i}; number all from 0 in order',
             )
         elif index is not None and None in indices:
             other = names[indices.index(None)]
             yield (
                 (*at, name) if keyed else (*at, i),
-                f'Triton reads the end of "{name}" as a position, but not that of "{other}", and then ignores all positions; '
-                "number all names from 0 in order, or none",
+                f'Triton reads the end of "{name}" as a position, not that of "{other}"; number all from 0, or none',
             )
 
 

@@ -9,10 +9,12 @@ Source: docs/pipeline.md, the reference of the format; Triton's model configurat
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import sys
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path  # noqa: TC003  pydantic reads it
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -34,7 +36,12 @@ _List = Field(strict=False)  # YAML gives lists; the models hold tuples, which c
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
 
 
@@ -172,7 +179,10 @@ class ModelVersion(_Frozen):
         """The axes with the implicit batch axis, which is sized 1 to max_batch_size, in front."""
         if not self.max_batch_size:
             return self.axes
-        return {"batch": Axis(example=min(2, self.max_batch_size), min=1, max=self.max_batch_size), **self.axes}
+        return {
+            "batch": Axis(example=min(2, self.max_batch_size), min=1, max=self.max_batch_size),
+            **self.axes,
+        }
 
 
 class Pipeline(_Frozen):
@@ -204,7 +214,8 @@ class Pipeline(_Frozen):
     def versions(self) -> dict[str, dict[int, ModelVersion]]:
         """Model name -> version number -> its flat declaration, in declared order."""
         return {
-            name: {number: self._flat(name, model, number) for number in model.versions} for name, model in self.models.items()
+            name: {number: self._flat(name, model, number) for number in model.versions}
+            for name, model in self.models.items()
         }
 
     def _flat(self, name: str, model: Model, number: int) -> ModelVersion:
@@ -248,12 +259,14 @@ def load(path: Path) -> Pipeline:
     path = path.absolute()
     data = yamlfile.read(path)
     if not isinstance(data, dict):
-        raise SpecError([f"{path.name}:1: found {yamlfile.shown(data)}, expected a mapping with the keys triton and models"])
+        raise SpecError(
+            [f"{path.name}:1: found {yamlfile.shown(data)}, expected a mapping with the keys triton and models"]
+        )
     try:
         pipeline = Pipeline.model_validate(data)
     except ValidationError as error:
-        problems = [_problem(details) for details in error.errors()]
-        raise SpecError(yamlfile.render(path, problems + list(_rules_of_the_rest(data)))) from None
+        problems = _problems(error) + list(_rules_of_the_rest(data, error))
+        raise SpecError(yamlfile.render(path, problems)) from None
     pipeline._path = path  # pydantic allows private attributes on frozen models
     problems = [*pipeline_problems(pipeline), *_all_rules(pipeline.models)]
     if problems:
@@ -272,17 +285,16 @@ def _all_rules(models: dict[str, Model]) -> Iterator[Problem]:
             yield ("models", name, *location), what
 
 
-def _rules_of_the_rest(data: dict[str, Any]) -> Iterator[Problem]:
-    """Check the models that are well-formed although the file as a whole is not: all problems are shown at once."""
+def _rules_of_the_rest(data: dict[str, Any], error: ValidationError) -> Iterator[Problem]:
+    """Check the models that are well-formed but for unknown keys: all problems are shown at once."""
+    for details in error.errors():
+        if details["type"] == "extra_forbidden":
+            *steps, key = details["loc"]
+            functools.reduce(lambda node, step: node[step], steps, data).pop(key, None)
     models = data.get("models")
-    if not isinstance(models, dict):
-        return
-    for name, raw in models.items():
-        try:
-            model = Model.model_validate(raw)
-        except ValidationError:
-            continue
-        yield from _all_rules({str(name): model})
+    for name, raw in models.items() if isinstance(models, dict) else ():
+        with contextlib.suppress(ValidationError):
+            yield from _all_rules({str(name): Model.model_validate(raw)})
 
 
 _KEYS_AT: dict[str, type[BaseModel]] = {
@@ -296,19 +308,34 @@ _KEYS_AT: dict[str, type[BaseModel]] = {
 }
 
 
+def _problems(error: ValidationError) -> list[Problem]:
+    problems: dict[Location, str] = {}
+    for details in error.errors():
+        location, what = _problem(details)
+        # The members of a union fail one by one: "expected a whole number", "expected text".
+        if location in problems and details["loc"][-1] in _UNION:
+            problems[location] += f" or {what.partition(', expected ')[2]}"
+        else:
+            problems[location] = what
+    return list(problems.items())
+
+
+# Steps that pydantic adds to a location for the members of a union and for the keys of a mapping.
+_UNION = {"int", "str", "float"}
+
+
 def _problem(details: ErrorDetails) -> Problem:
-    # pydantic adds steps for the members of a union ("int", "str") and for dict keys ("[key]") to the location.
-    location = tuple(step for step in details["loc"] if step not in {"int", "str", "float", "[key]"})
+    location = tuple(step for step in details["loc"] if step not in {*_UNION, "[key]"})
     owner: type[BaseModel] = Pipeline
     for step in location[:-1]:
         owner = _KEYS_AT.get(str(step), owner)
     what = yamlfile.explain(details, list(owner.model_fields))
-    if details["type"] == "string_type" and location == ("triton",):
-        what += f'; write it in quotes: "{details["input"]:.2f}"' if isinstance(details["input"], float) else ""
-    if details["type"] == "string_pattern_mismatch":
-        what = f"found {yamlfile.shown(details['input'])}, expected " + (
-            'a release such as "26.07"' if location == ("triton",) else "64 hexadecimal digits in lower case"
-        )
+    if location == ("triton",):
+        release = details["input"]
+        what = f"found {yamlfile.shown(release)}, expected a release in quotes, such as "
+        what += f'"{release:.2f}"' if isinstance(release, float) else '"26.07"'
+    elif details["type"] == "string_pattern_mismatch":
+        what = f"found {yamlfile.shown(details['input'])}, expected 64 hexadecimal digits in lower case"
     return location, what
 
 

@@ -1,0 +1,384 @@
+"""What each task does when it runs: calls its stage, publishes the results, turns our errors into failed tasks.
+
+Hides where results lie under .build/ and in which order they are put in place. A stage writes into a temporary folder
+on the same file system, and each file is renamed into its place when all of them are there: a kill at any moment
+leaves targets whole or absent. Stages are imported when they run, never when the graph is loaded.
+
+Source: shape of the files in docs/pipeline.md, "Results".
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from doit.exceptions import TaskFailed
+
+from tritonbuild import keys, state
+from tritonbuild.errors import BuildError, SpecError, TraceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from tritonbuild.spec import Model, ModelVersion, Pipeline
+
+_TRACE_RECIPE = (
+    "trace.py",
+    "wrap.py",
+    "candidates.py",
+    "archive.py",
+    "cases.py",
+    "proof.py",
+    "graphs.py",
+    "monitors.py",
+    "hazards.py",
+)
+_CONFIG_RECIPE = ("config.py", "dtypes.py")
+_SMOKE_RECIPE = ("smoke.py", "server.py", "backends/pytorch/model.py")
+
+
+def _task(action: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the action with our errors as failed tasks: one text, exit code 1, no traceback."""
+
+    @functools.wraps(action)
+    def run(*arguments: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            values = action(*arguments) or {}
+        except BuildError as error:
+            return TaskFailed(str(error))
+        except OSError as error:
+            if error.filename is None or error.errno is None:
+                raise
+            return TaskFailed(f"{error.filename}: {error.strerror}\n    free space, or make it writable for this user")
+        return {**values, "seconds": round(time.perf_counter() - started, 3)}
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------- check
+
+
+def declaration_digest(pipeline: Pipeline) -> str:
+    """Return a digest of what is declared; comments and the order of keys do not count."""
+    return keys.digest(
+        {
+            "pipeline": pipeline.model_dump(mode="json"),
+            "recipe": keys.recipe("spec.py", "rules.py", *_CONFIG_RECIPE),
+        }
+    )
+
+
+def check_config(pipeline: Pipeline) -> None:
+    """Check every model's `config:` against Triton's ModelConfig, unless this declaration has passed before.
+
+    Raises:
+        SpecError: With all problems.
+    """
+    if not any(model.config for model in pipeline.models.values()):
+        return
+    digest = declaration_digest(pipeline)
+    if state.current().get("_declaration", "key") == digest:
+        return
+    from tritonbuild import config
+
+    problems = config.check(pipeline)
+    if problems:
+        raise SpecError(problems)
+    state.current().set("_declaration", "key", digest)
+    state.current().set("_declaration", "deps:", ())
+
+
+@_task
+def check(pipeline: Pipeline) -> None:
+    """Say what is declared."""
+    versions = sum(len(model.versions) for model in pipeline.models.values())
+    models = len(pipeline.models)
+    sys.stdout.write(
+        f"   {pipeline.path.name}: {models} model{'s' * (models > 1)}, {versions} version{'s' * (versions > 1)}, "
+        f"for Triton {pipeline.triton}\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- trace
+
+
+class Traced(NamedTuple):
+    """Where the results of a traced version lie, relative to the project's root."""
+
+    model: str
+    signature: str
+    cases: str
+    proof: str
+
+
+def traced(version: ModelVersion) -> Traced:
+    """Return where the results of a traced version lie."""
+    return Traced(
+        model=f"models/{version.label}/model.pt",
+        signature=f".build/signature/{version.label}.json",
+        cases=f".build/cases/{version.label}.safetensors",
+        proof=f".build/proof/{version.label}.json",
+    )
+
+
+def trace_files(pipeline: Pipeline, version: ModelVersion) -> list[str]:
+    """Return the files that a version is declared to read: its weights, its example data, its entry point."""
+    files = [version.weights.path] if version.weights else []
+    files += [declared.values for declared in version.inputs.values() if declared.values]
+    module = version.entry_point.split(":")[0].replace(".", "/")
+    for path in (f"{module}.py", f"src/{module}.py"):
+        if os.path.exists(pipeline.root / path):
+            files.append(path)
+            break
+    return files
+
+
+def trace_parts(version: ModelVersion) -> keys.Parts:
+    """Return the parts of a trace's action key that are known before it runs."""
+    device = version.device if version.device != "auto" else keys.device_kind()
+    declaration = version.model_dump(mode="json")
+    declaration["device"] = device
+    return {"declaration": declaration, "recipe": keys.recipe(*_TRACE_RECIPE)}
+
+
+@_task
+def trace(pipeline: Pipeline, version: ModelVersion, check: keys.UpToDate) -> dict[str, Any]:
+    """Trace and prove a version in a child; publish model.pt, signature, cases and proof."""
+    from tritonbuild import repository, worker
+
+    root = pipeline.root
+    repository.claim(root, version.model)
+    started_ns = time.time_ns()
+    with _Scratch(root) as out:
+        log = root / ".build" / "log" / f"trace-{version.model}-{version.version}.log"
+        try:
+            _files_exist(root, version)
+            found = worker.run(version, root, out, log)
+        except BuildError as error:
+            _publish_failure(root, version, out, error)
+            raise
+        values = {"files": found.files, "distributions": found.distributions, "started_ns": started_ns}
+        proof = json.loads((out / "proof.json").read_text())
+        proof["action_key"] = keys.digest(check.complete(found.files, found.distributions))
+        (out / "proof.json").write_text(json.dumps(proof, indent=2) + "\n")
+        to = traced(version)
+        for name, target in (
+            ("signature.json", to.signature),
+            ("cases.safetensors", to.cases),
+            ("proof.json", to.proof),
+        ):
+            _put(out / name, root / target)
+        repository.publish(root, version.model, version.version, {"model.pt": out / "model.pt"})
+    return values
+
+
+def _files_exist(root: Path, version: ModelVersion) -> None:
+    for path in [version.weights.path] if version.weights else []:
+        if not (root / path).is_file():
+            raise TraceError(
+                f"trace {version.label}",
+                f"weights file {path}: no such file",
+                "put it there, or let a task of your dodo.py make it (a task with this file as target runs first)",
+            )
+
+
+def _publish_failure(root: Path, version: ModelVersion, out: Path, error: BuildError) -> None:
+    """Put the failed proof in place; what an earlier run has published stays as it is."""
+    path = out / "proof.json"
+    result: dict[str, Any] = (
+        json.loads(path.read_text()) if path.exists() else {"hazards": [], "cases": 0, "max_abs_error": {}}
+    )
+    result.update(verdict="failed", error=str(error))
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    _put(path, root / traced(version).proof)
+
+
+# ---------------------------------------------------------------------------------------------------- config
+
+
+def config_targets(pipeline: Pipeline, name: str) -> list[str]:
+    """Return config.pbtxt and the files that it names, in the model's folder."""
+    return [
+        f"models/{name}/config.pbtxt",
+        *(f"models/{name}/{path}" for path in _config_copies(pipeline, name)),
+    ]
+
+
+def config_files(pipeline: Pipeline, name: str) -> list[str]:
+    """Return the files of the project that the model's config names: labels, warm-up data."""
+    return [os.path.relpath(source, pipeline.root) for source in _config_copies(pipeline, name).values()]
+
+
+def _config_copies(pipeline: Pipeline, name: str) -> dict[str, Path]:
+    model = pipeline.models[name]
+    if not model.config:
+        return {}
+    from tritonbuild import config
+
+    return config.files(model, pipeline.root)
+
+
+def config_parts(model: Model) -> keys.Parts:
+    """Return the parts of a config's action key beside the signatures."""
+    declaration = model.model_dump(mode="json", include={"max_batch_size", "axes", "inputs", "outputs", "config"})
+    return {
+        "declaration": {**declaration, "versions": sorted(model.versions)},
+        "recipe": keys.recipe(*_CONFIG_RECIPE),
+    }
+
+
+@_task
+def config(pipeline: Pipeline, name: str) -> None:
+    """Write config.pbtxt and the files that it names."""
+    from tritonbuild import config, repository
+
+    root, model = pipeline.root, pipeline.models[name]
+    signatures = {
+        number: json.loads((root / traced(version).signature).read_text())
+        for number, version in pipeline.versions[name].items()
+    }
+    text = config.render(name, model, signatures, pipeline)
+    with _Scratch(root) as out:
+        (out / "config.pbtxt").write_text(text)
+        repository.publish(root, name, None, {"config.pbtxt": out / "config.pbtxt", **_config_copies(pipeline, name)})
+
+
+# ------------------------------------------------------------------------------------------------ repository
+
+
+def repository_parts(pipeline: Pipeline) -> keys.Parts:
+    """Return what is declared and which folders are there."""
+    declared = {name: sorted(model.versions) for name, model in pipeline.models.items()}
+    return {"declared": declared, "folders": sorted(_folders(pipeline.root / "models"))}
+
+
+def _folders(models: Path) -> Iterator[str]:
+    try:
+        with os.scandir(models) as entries:
+            for entry in entries:
+                yield entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    yield from (f"{entry.name}/{name}" for name in os.listdir(entry.path))
+    except FileNotFoundError:
+        return
+
+
+@_task
+def repository(pipeline: Pipeline) -> None:
+    """Remove from models/ what is not declared any more and was ours; refuse what is not ours."""
+    from tritonbuild import repository
+
+    for removed in repository.prune(pipeline.root, pipeline):
+        sys.stdout.write(f"   removed {removed}: not declared any more\n")
+
+
+# ----------------------------------------------------------------------------------------------------- smoke
+
+
+def smoke_files(version: ModelVersion) -> list[str]:
+    """Return the files that a smoke test reads."""
+    return [traced(version).model, f"models/{version.model}/config.pbtxt", traced(version).cases]
+
+
+class ServerChoice:
+    """The one server of a run, started when the first smoke test needs it.
+
+    Args:
+        pipeline: The declaration.
+        wanted: `auto`, `embedded`, `docker`, or the URL of a server that runs already.
+    """
+
+    def __init__(self, pipeline: Pipeline, wanted: str) -> None:
+        self.pipeline = pipeline
+        self.wanted = wanted
+        self.kind = wanted if wanted in {"embedded", "docker"} else "embedded" if wanted == "auto" else "url"
+        self.task_dep: list[str] = ["image"] if self.kind == "docker" else []
+        self._running: Any = None
+
+    def parts(self) -> keys.Parts:
+        """Return what an answer depends on beside the model: the kind of server and the recipe."""
+        server = self.wanted if self.kind == "url" else self.kind
+        wheel = keys.distribution_version("nvidia-pytriton") if self.kind == "embedded" else None
+        return {"server": server, "wheel": wheel, "recipe": keys.recipe(*_SMOKE_RECIPE)}
+
+    def get(self) -> Any:
+        """Return the running server."""
+        if self._running is None:
+            from tritonbuild import server
+
+            root = self.pipeline.root
+            if self.kind == "embedded":
+                context = server.embedded(root / "models", root / ".build")
+            elif self.kind == "url":
+                context = server.at(self.wanted)
+            else:
+                from tritonbuild import container
+
+                context = container.server(self.pipeline)
+            self._context, self._running = context, context.__enter__()
+        return self._running
+
+    def stop(self) -> None:
+        """Stop the server, if it runs; doit calls this at the end of every run, also after Ctrl-C."""
+        if self._running is not None:
+            self._running = None
+            self._context.__exit__(None, None, None)
+
+
+@_task
+def smoke(pipeline: Pipeline, version: ModelVersion, server: ServerChoice) -> None:
+    """Serve a version and compare its answers with its cases."""
+    from tritonbuild import smoke
+
+    root = pipeline.root
+    smoke.run(
+        server.get(),
+        version.model,
+        version.version,
+        cases=root / traced(version).cases,
+        config=root / f"models/{version.model}/config.pbtxt",
+        out=root / f".build/smoke/{version.label}.json",
+    )
+
+
+# ------------------------------------------------------------------------------------------------- all stages
+
+
+def remove(paths: Sequence[str], dryrun: bool = False) -> None:
+    """Remove targets, for `doit clean`, and the folders that are then empty or hold our marker alone."""
+    for path in map(Path, paths):
+        if path.exists():
+            sys.stdout.write(f"removing {path}\n")
+            if not dryrun:
+                path.unlink()
+        if dryrun:
+            continue
+        for folder in list(path.parents)[:-1]:
+            if not folder.is_dir() or {entry.name for entry in folder.iterdir()} - {".tritonbuild"}:
+                break
+            (folder / ".tritonbuild").unlink(missing_ok=True)
+            folder.rmdir()
+
+
+class _Scratch(tempfile.TemporaryDirectory[str]):
+    """A temporary folder under .build, on the file system of the targets, as a Path."""
+
+    def __init__(self, root: Path) -> None:
+        parent = root / ".build" / "tmp"
+        parent.mkdir(parents=True, exist_ok=True)
+        super().__init__(dir=parent)
+
+    def __enter__(self) -> Path:  # type: ignore[override]
+        return Path(super().__enter__())
+
+
+def _put(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, target)

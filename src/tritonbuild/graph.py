@@ -1,0 +1,146 @@
+"""The whole build graph: which task reads and writes what. Wiring only; the work is in the stages.
+
+    pipeline.yaml ─ check
+         │
+         ├─ trace:<model>/<version>   models/<model>/<version>/model.pt, signature, cases, proof
+         ├─ config:<model>            models/<model>/config.pbtxt
+         ├─ repository                models/ holds exactly the declared models
+         ├─ smoke:<model>/<version>   served answers against the cases
+         └─ image, compose            what is deployed, where a Docker engine is reachable
+
+A dodo.py says `from tritonbuild.graph import *` and gets these tasks. Nothing that is imported here at load imports
+torch, numpy or tritonclient: a doit with nothing to do stays fast (a test walks the imports).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import doit
+from doit.exceptions import InvalidDodoFile
+
+from tritonbuild import actions, keys, spec
+from tritonbuild.errors import SpecError
+from tritonbuild.reporter import Reporter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tritonbuild.spec import Model, ModelVersion, Pipeline
+
+__all__ = [
+    "DOIT_CONFIG",
+    "task_check",
+    "task_config",
+    "task_repository",
+    "task_smoke",
+    "task_trace",
+]
+
+DOIT_CONFIG = {
+    "backend": "tritonbuild",
+    "dep_file": ".build/state.sqlite",
+    "check_file_uptodate": keys.FileChecker,
+    "reporter": Reporter,
+    "continue": True,  # one wrong model does not keep the others from being built
+    "verbosity": 2,
+}
+
+
+@cache
+def pipeline() -> Pipeline:
+    """Return the declaration beside dodo.py; `doit pipeline=other.yaml` picks another."""
+    path = Path(str(doit.get_var("pipeline", "pipeline.yaml")))
+    try:
+        loaded = spec.load(path)
+        actions.check_config(loaded)
+    except SpecError as error:
+        count = len(error.problems)
+        raise InvalidDodoFile(f"{count} problem{'s' * (count > 1)} in {path}\n{error}") from None
+    return loaded
+
+
+def task_check() -> dict[str, Any]:
+    """check pipeline.yaml; every command does, this one says what is declared"""
+    declared = pipeline()
+    return {
+        "actions": [(actions.check, [declared])],
+        "uptodate": [keys.UpToDate(declared.root, lambda: {"declaration": actions.declaration_digest(declared)}, [])],
+    }
+
+
+def task_trace() -> Iterator[dict[str, Any]]:
+    """trace a model version in a child of its own and prove that it equals eager"""
+    declared = pipeline()
+    for version in declared.all_versions():
+        yield _trace(declared, version)
+
+
+def _trace(declared: Pipeline, version: ModelVersion) -> dict[str, Any]:
+    targets = list(actions.traced(version))
+    check = keys.UpToDate(declared.root, lambda: actions.trace_parts(version), targets)
+    return {
+        "name": version.label,
+        "doc": f"{version.entry_point} -> {targets[0]}",
+        "actions": [(actions.trace, [declared, version, check])],
+        "file_dep": actions.trace_files(declared, version),
+        "targets": targets,
+        "uptodate": [check],
+        "clean": [(actions.remove, [targets])],
+    }
+
+
+def task_config() -> Iterator[dict[str, Any]]:
+    """write a model's config.pbtxt from its declaration and its measured signature"""
+    declared = pipeline()
+    for name, model in declared.models.items():
+        yield _config(declared, name, model)
+
+
+def _config(declared: Pipeline, name: str, model: Model) -> dict[str, Any]:
+    targets = actions.config_targets(declared, name)
+    signatures = [actions.traced(version).signature for version in declared.versions[name].values()]
+    return {
+        "name": name,
+        "doc": targets[0],
+        "actions": [(actions.config, [declared, name])],
+        "file_dep": signatures + actions.config_files(declared, name),
+        "targets": targets,
+        "uptodate": [keys.UpToDate(declared.root, lambda: actions.config_parts(model), targets)],
+        "clean": [(actions.remove, [targets])],
+    }
+
+
+def task_repository() -> dict[str, Any]:
+    """make models/ hold exactly what is declared: Triton serves every folder that it finds"""
+    declared = pipeline()
+    return {
+        "actions": [(actions.repository, [declared])],
+        "task_dep": ["trace", "config"],
+        "uptodate": [keys.UpToDate(declared.root, lambda: actions.repository_parts(declared), [])],
+    }
+
+
+def task_smoke() -> Iterator[dict[str, Any]]:
+    """serve a model version and compare its answers with eager PyTorch's"""
+    declared = pipeline()
+    server = actions.ServerChoice(declared, str(doit.get_var("server", "auto")))
+    for version in declared.all_versions():
+        yield _smoke(declared, version, server)
+
+
+def _smoke(declared: Pipeline, version: ModelVersion, server: actions.ServerChoice) -> dict[str, Any]:
+    targets = [f".build/smoke/{version.label}.json"]
+    return {
+        "name": version.label,
+        "doc": f"models/{version.label} on {server.kind} against its cases",
+        "actions": [(actions.smoke, [declared, version, server])],
+        "file_dep": actions.smoke_files(version),
+        "task_dep": server.task_dep,
+        "targets": targets,
+        "uptodate": [keys.UpToDate(declared.root, server.parts, targets)],
+        "teardown": [server.stop],
+        "clean": [(actions.remove, [targets])],
+    }

@@ -1,0 +1,182 @@
+"""Decides when a task is up to date: its action key is unchanged and its targets are what it wrote.
+
+An action key is a digest of named parts: the slice of the declaration that the stage reads, the contents of the files
+that it read (recorded by the child that ran it, like a compiler's depfile), the versions of the distributions whose
+code ran, the kind of device, the recipe's own source. Never of times, paths outside the project, comments, or the
+machine. The parts are kept beside the key, so that a difference can be named. doit alone checks that targets
+exist; here they must have the content that was written, so a hand-edited config.pbtxt is made again.
+
+Source: docs/architecture.md; the idea of depfiles is make's and ninja's.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from doit.dependency import FileChangedChecker
+
+from tritonbuild import state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from doit.task import Task
+
+Parts = dict[str, Any]
+
+
+def digest(parts: Mapping[str, Any]) -> str:
+    """Return the action key of the parts: 64 hexadecimal digits, independent of the order of keys."""
+    return sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@cache
+def recipe(*modules: str) -> str:
+    """Return a digest of the source of modules of ours: a changed recipe makes its results again."""
+    hasher = sha256()
+    for module in modules:
+        hasher.update((Path(__file__).parent / module).read_bytes())
+    return hasher.hexdigest()[:16]
+
+
+@cache
+def distribution_version(name: str) -> str:
+    """Return the installed version of a distribution, or `absent`."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+@cache
+def device_kind() -> str:
+    """Return `cuda` or `cpu` for this machine, without importing torch: is there a GPU that this process may use?"""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
+        return "cpu"
+    return "cuda" if any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"
+
+
+def file_digests(root: Path, paths: Iterable[str]) -> dict[str, str | None]:
+    """Return path -> sha256 for files relative to the project's root; None where a file is missing."""
+    files = state.current().files
+    base = f"{root}/"
+    return {path: files.digest(base + path) for path in paths}
+
+
+class UpToDate:
+    """An up-to-date check for doit: compares the key of now with that of the last success, then the targets.
+
+    The task's action may return `{"files": [paths relative to root], "distributions": [names], "started_ns": time}`:
+    what it found, while it ran, that its result depends on.
+
+    Args:
+        root: The project's folder.
+        parts: What is known before the task has run. A function, because it may read files.
+        targets: Files the task writes, relative to root.
+    """
+
+    def __init__(self, root: Path, parts: Callable[[], Parts], targets: Sequence[str]) -> None:
+        self.root = root
+        self.parts = parts
+        self.targets = targets
+
+    def __call__(self, task: Task, values: dict[str, Any]) -> bool:
+        """Return whether the task need not run; registers what to remember when it has run."""
+        task.value_savers.append(lambda: self._remember(task.values))
+        return self.why(values) is None
+
+    def why(self, values: Mapping[str, Any]) -> str | None:
+        """Return the first reason to run, or None when up to date."""
+        if "key" not in values:
+            return "never finished on this machine, or forgotten"
+        parts = self.complete(values.get("files", ()), values.get("distributions", ()))
+        if digest(parts) != values["key"]:
+            return difference(values["parts"], parts)
+        for path, written in values["targets"].items():
+            now = file_digests(self.root, [path])[path]
+            if now is None:
+                return f"{path} is missing"
+            if now != written:
+                return f"{path} was changed by hand"
+        if set(values["targets"]) != set(self.targets):
+            return "writes other files than before"
+        return None
+
+    def complete(self, files: Sequence[str], distributions: Sequence[str]) -> Parts:
+        """Return all parts, with the recorded files and distributions as they are now."""
+        parts = dict(self.parts())
+        if files:
+            parts["files"] = file_digests(self.root, files)
+        if distributions:
+            parts["distributions"] = {name: distribution_version(name) for name in distributions}
+        return parts
+
+    def _remember(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        files, distributions = list(found.get("files", ())), list(found.get("distributions", ()))
+        parts = self.complete(files, distributions)
+        for path in files:
+            if (self.root / path).stat().st_mtime_ns >= found["started_ns"]:
+                # Edited while the task ran: nobody knows which text it read, so it runs again.
+                parts["files"][path] = "edited while the task ran"
+        return {
+            "key": digest(parts),
+            "parts": parts,
+            "files": files,
+            "distributions": distributions,
+            "targets": file_digests(self.root, self.targets),
+        }
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str | None:
+    """Return the first part that differs, as `inputs.image.shape[0]: 8 -> 16`, or None."""
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, after = old.get(key), new.get(key)
+        if before == after:
+            continue
+        where = f"{prefix}{key}"
+        if isinstance(before, dict) and isinstance(after, dict):
+            return difference(before, after, f"{where}: " if not prefix else f"{where}.")
+        return f"{where}: {_short(before)} -> {_short(after)}"
+    return None
+
+
+def _short(value: object) -> str:
+    if value is None:
+        return "nothing"
+    text = value if isinstance(value, str) else json.dumps(value)
+    if len(text) == 64 and all(letter in "0123456789abcdef" for letter in text):
+        return text[:12]
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class FileChecker(FileChangedChecker):  # type: ignore[misc]
+    """doit's check of file dependencies, on our digests: content decides, and a file is hashed once.
+
+    A missing file is reported as changed, so that the task runs and says in its own words what is missing.
+    """
+
+    _MISSING = "missing"
+
+    def exists(self, file_path: str) -> bool:
+        """Return whether a target exists."""
+        return os.path.exists(file_path)
+
+    def info(self, file_path: str) -> str:
+        """Return the state of the file as it is now."""
+        return state.current().files.digest(file_path) or self._MISSING
+
+    def check_modified(self, file_path: str, file_stat: str, state: str) -> bool:
+        """Return whether the state of now differs from the remembered one."""
+        del file_path
+        return file_stat != state or file_stat == self._MISSING
+
+    def get_state(self, dep: str, current_state: str | None) -> str | None:
+        """Return the state to remember, or None when it is remembered already."""
+        now = self.info(dep)
+        return None if now == current_state else now

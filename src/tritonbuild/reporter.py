@@ -1,0 +1,133 @@
+"""Decides what a run of doit prints, who may run at a time, and the exit code.
+
+doit's own lines stay (`.  trace:resnet18/1` runs, `-- trace:resnet18/1` is up to date); failures are our error texts
+without doit's frame around them; a table of the smoke tests and one line of what was left out close the run. One run
+at a time per project: the second waits and says for whom.
+
+Source: doit.reporter.ConsoleReporter; exit codes in docs/pipeline.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from doit.exceptions import TaskFailed, UnmetDependency
+from doit.reporter import ConsoleReporter
+from filelock import FileLock, Timeout
+
+from tritonbuild import state
+
+if TYPE_CHECKING:
+    from doit.exceptions import BaseFail
+    from doit.task import Task
+
+BUILD = Path(".build")
+_LOCK = BUILD / "lock"
+_HOLDER = BUILD / "lock.holder"
+
+
+class Reporter(ConsoleReporter):  # type: ignore[misc]
+    """doit's console reporter, with our failures, our closing lines and the lock of the project."""
+
+    desc = "tritonbuild: doit's lines, plain failures, a table of the smoke tests"
+
+    left_out: ClassVar[dict[str, str]] = {}
+    """Task -> why this machine cannot run it; filled by the graph, shown once at the end."""
+
+    def __init__(self, outstream: Any, options: dict[str, Any]) -> None:
+        super().__init__(outstream, options)
+        self.ran: list[str] = []
+        self.up_to_date = 0
+        self.blocked: list[str] = []
+        self.mendable = True
+        self.lock = FileLock(_LOCK)
+
+    def initialize(self, tasks: dict[str, Task], selected_tasks: list[str]) -> None:
+        """Take the project's lock; called once, before the first task is looked at."""
+        super().initialize(tasks, selected_tasks)
+        BUILD.mkdir(exist_ok=True)
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            holder = _HOLDER.read_text().strip() if _HOLDER.exists() else "unknown"
+            self.write(f"   another doit (process {holder}) works in this folder; waiting for it\n")
+            self.outstream.flush()
+            self.lock.acquire()
+            state.current().reload()  # what the other one finished is not done again
+        _HOLDER.write_text(f"{os.getpid()}\n")
+        shutil.rmtree(BUILD / "tmp", ignore_errors=True)  # what a killed run has left half-written
+
+    def execute_task(self, task: Task) -> None:
+        """Show the task that starts."""
+        super().execute_task(task)
+        self.outstream.flush()
+
+    def add_success(self, task: Task) -> None:
+        """Count a task that did its work."""
+        if task.actions:
+            self.ran.append(task.name)
+
+    def skip_uptodate(self, task: Task) -> None:
+        """Count a task that had nothing to do."""
+        super().skip_uptodate(task)
+        self.up_to_date += 1
+
+    def add_failure(self, task: Task, fail: BaseFail) -> None:
+        """Show a failure at once: the text of our error, or the traceback of a bug."""
+        self.failures.append({"task": task, "exception": fail})
+        if isinstance(fail, UnmetDependency):
+            self.blocked.append(task.name)
+            return
+        self.mendable = self.mendable and isinstance(fail, TaskFailed)
+        self.write(f"!! {fail.get_msg().strip()}\n")
+
+    def complete_run(self) -> None:
+        """Close the run: the table, what was left out, the counts, the exit code."""
+        self._smoke_table()
+        for name, reason in self.left_out.items():
+            self.write(f"   left out: {name}: {reason}\n")
+        failed = [result["task"].name for result in self.failures if result["task"].name not in self.blocked]
+        words = [f"{len(self.ran)} done", f"{self.up_to_date} up to date"]
+        if failed:
+            words.append(f"{len(failed)} failed ({_few(failed)})")
+        if self.blocked:
+            words.append(f"{len(self.blocked)} not tried for that ({_few(self.blocked)})")
+        self.write(f"   {', '.join(words)}\n")
+        if self.runtime_errors:
+            self.write("\n".join(self.runtime_errors) + "\n")
+        self.outstream.flush()
+        _HOLDER.unlink(missing_ok=True)
+        self.lock.release()
+        if self.failures and self.mendable and not self.runtime_errors:
+            # doit counts a task whose dependency failed as an error of its own (exit code 2, which here means a bug).
+            raise SystemExit(1)
+
+    def _smoke_table(self) -> None:
+        names = [name.removeprefix("smoke:") for name in self.ran if name.startswith("smoke:")]
+        if not names:
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+        for column in ("model", "version", "server", "cases", "largest error", "latency"):
+            right = column in {"version", "cases", "largest error", "latency"}
+            table.add_column(column, justify="right" if right else "left", no_wrap=True)
+        for name in names:
+            result = json.loads((BUILD / "smoke" / f"{name}.json").read_text())
+            model, version = name.split("/")
+            error = max(result["max_abs_error"].values(), default=0.0)
+            server = f"{result['server']['kind']} {result['server']['version']}"
+            cells = (model, version, server, str(result["cases"]), f"{error:.1e}" if error else "0")
+            table.add_row(*cells, f"{result['latency_ms']:.1f} ms")
+        self.write("\n")
+        Console(file=self.outstream, width=100, highlight=False).print(table)
+        self.write("\n")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])}, and {len(names) - 3} more"

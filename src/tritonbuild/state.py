@@ -1,0 +1,198 @@
+"""Decides what is remembered between two runs: one SQLite file, `.build/state.sqlite`.
+
+Two tables: doit's own memory of successful tasks (as a doit backend), and the digests of files. A task is written
+when it succeeds, not when the run ends: what was finished before a SIGKILL is not done again. A file that SQLite
+cannot read is set aside with a warning; forgetting is always right, it only costs time.
+
+Source: doit's backend interface (doit.dependency.SqliteDB), https://sqlite.org/wal.html.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_TABLES = """
+create table if not exists tasks (name text primary key, data text not null) without rowid;
+create table if not exists files (
+    path text primary key, size int not null, mtime_ns int not null, inode int not null, digest text not null
+) without rowid;
+"""
+
+# A file may change again within the resolution of its time stamp, with the same size. A digest taken this shortly
+# after the last change is therefore not trusted the next time (git calls such entries racy).
+_SETTLED_NS = 2_000_000_000
+
+
+class State:
+    """The backend that doit is given: `backend: tritonbuild`, `dep_file: .build/state.sqlite`.
+
+    Args:
+        name: Path of the SQLite file; its folder is made.
+    """
+
+    desc: ClassVar[str] = "tritonbuild's memory: written after each task"
+
+    def __init__(self, name: str, codec: object = None, *, module_name: str | None = None) -> None:
+        del codec, module_name  # doit passes them to every backend; JSON is part of this file's format
+        self.name = name
+        self._connection = _connect(Path(name))
+        self._tasks: dict[str, dict[str, Any]] = {}
+        self._texts: dict[str, str] = {}
+        self.files = FileDigests(self._connection)
+        self.reload()
+        global _current
+        _current = self
+
+    def reload(self) -> None:
+        """Read again what another process has written meanwhile."""
+        self._tasks.clear()
+        self._texts = dict(self._connection.execute("select name, data from tasks"))
+        self.files.reload()
+
+    def _task(self, task_id: str) -> dict[str, Any]:
+        if task_id not in self._tasks:
+            text = self._texts.get(task_id)
+            self._tasks[task_id] = json.loads(text) if text else {}
+        return self._tasks[task_id]
+
+    def get(self, task_id: str, dependency: str) -> Any:
+        """Return what was stored, or None."""
+        return self._task(task_id).get(dependency)
+
+    def set(self, task_id: str, dependency: str, value: object) -> None:
+        """Store a value. doit writes `deps:` last for a successful task: then the task goes to disk."""
+        task = self._task(task_id)
+        task[dependency] = value
+        if dependency in {"deps:", "ignore:"}:
+            text = json.dumps(task)
+            self._texts[task_id] = text
+            with self._connection:
+                self._connection.execute("insert or replace into tasks values (?, ?)", (task_id, text))
+                self.files.flush()
+
+    def in_(self, task_id: str) -> bool:
+        """Return whether anything is known of the task."""
+        return bool(self._tasks.get(task_id)) or task_id in self._texts
+
+    def remove(self, task_id: str) -> None:
+        """Forget one task."""
+        known = self._texts.pop(task_id, None)
+        self._tasks.pop(task_id, None)
+        if known is not None:
+            with self._connection:
+                self._connection.execute("delete from tasks where name = ?", (task_id,))
+
+    def remove_all(self) -> None:
+        """Forget every task. Digests of files stay: they are facts, not results."""
+        self._texts.clear()
+        self._tasks.clear()
+        with self._connection:
+            self._connection.execute("delete from tasks")
+
+    def names(self) -> Iterable[str]:
+        """Return the tasks that are known."""
+        return self._texts.keys()
+
+    def dump(self) -> None:
+        """Write what is left and close; doit calls this at the end of a command."""
+        with self._connection:
+            self.files.flush()
+        self._connection.close()
+
+
+_current: State | None = None
+
+
+def current() -> State:
+    """Return the state that this process has opened."""
+    if _current is None:
+        raise RuntimeError("no state is open: doit opens it before it loads tasks")
+    return _current
+
+
+class FileDigests:
+    """sha256 of files by path, hashed once: size, time stamp and inode are a short cut, the content is the truth."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self._known: dict[str, tuple[int, int, int, str]] = {}
+        self._seen: dict[str, tuple[int, int, int, str]] = {}
+        self._new: dict[str, tuple[int, int, int, str]] = {}
+
+    def reload(self) -> None:
+        """Read again what another process has written meanwhile."""
+        rows = self._connection.execute("select path, size, mtime_ns, inode, digest from files")
+        self._known = {path: (size, mtime_ns, inode, digest) for path, size, mtime_ns, inode, digest in rows}
+
+    def digest(self, path: str | Path) -> str | None:
+        """Return the sha256 of the file's content in hexadecimal, or None when there is no such file."""
+        name = os.fspath(path)
+        try:
+            stat = os.stat(name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        fresh = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        known = self._seen.get(name) or self._known.get(name)
+        if known is not None and known[:3] == fresh:
+            return known[3]
+        now_ns = time.time_ns()
+        digest = sha256_of(name)
+        entry = (*fresh, digest)
+        self._seen[name] = entry
+        if now_ns - stat.st_mtime_ns > _SETTLED_NS:
+            self._new[name] = entry
+        return digest
+
+    def flush(self) -> None:
+        """Write what is new; the caller holds the transaction."""
+        self._connection.executemany(
+            "insert or replace into files values (?, ?, ?, ?, ?)",
+            [(path, *entry) for path, entry in self._new.items()],
+        )
+        self._known.update(self._new)
+        self._new.clear()
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the sha256 of the file's content in hexadecimal."""
+    hasher = sha256()
+    with Path(path).open("rb", buffering=0) as file:
+        while chunk := file.read(1 << 20):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return _open(path)
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError) and "disk" not in str(error) and "malformed" not in str(error):
+            raise
+        aside = path.with_suffix(".unreadable")
+        path.replace(aside)
+        for rest in ("-wal", "-shm"):
+            Path(f"{path}{rest}").unlink(missing_ok=True)
+        sys.stderr.write(f"{path.name}: {error}; set aside as {aside.name}, every task is looked at again\n")
+        return _open(path)
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    # check_same_thread: doit -P thread reads from its threads; its own lock keeps them apart.
+    connection = sqlite3.connect(path, timeout=30, check_same_thread=False)
+    connection.execute("pragma journal_mode = wal")
+    # WAL with NORMAL survives a SIGKILL without losing a commit, and costs no fsync per task.
+    connection.execute("pragma synchronous = normal")
+    connection.executescript(_TABLES)
+    connection.execute("select count(*) from tasks").fetchone()
+    return connection

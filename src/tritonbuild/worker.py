@@ -1,0 +1,267 @@
+"""Decides where torch work runs: in children of a fork server that has imported torch once.
+
+Every job has a child of its own: class names, random state, default dtype, a crash or an out-of-memory kill of one
+model touch nothing else. CUDA is first touched in the child, so the preloaded modules must not ask for it. A child
+dies with its parent (PR_SET_PDEATHSIG), its output goes to a log, and its end by a signal is a verdict, not a
+traceback. What the child read of the project is recorded, like a compiler's depfile.
+
+Source: https://docs.python.org/3/library/multiprocessing.html (forkserver), prctl(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from importlib import metadata
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from tritonbuild import errors
+from tritonbuild.errors import BuildError, ProofError, TraceError
+from tritonbuild.spec import ModelVersion
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from multiprocessing.process import BaseProcess
+
+IMPORT_LIMIT_S = 300.0
+"""Seconds that the import of an entry point's module may take."""
+
+_PR_SET_PDEATHSIG = 1
+_SAY_AFTER_S = 2.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a child found that its result depends on.
+
+    Attributes:
+        files: First-party files it imported or opened, relative to the project's root.
+        distributions: Installed distributions whose code it imported and that hold the entry point, and torch.
+        device: The kind of device that it ran on: cuda or cpu.
+    """
+
+    files: tuple[str, ...]
+    distributions: tuple[str, ...]
+    device: str
+
+
+def run(version: ModelVersion, root: Path, out: Path, log: Path, *, import_limit_s: float = IMPORT_LIMIT_S) -> Found:
+    """Trace and prove one model version in a child of its own.
+
+    Args:
+        version: The declaration.
+        root: The project's folder; the child works there.
+        out: An existing, empty folder for the results (see `trace.run`).
+        log: The file that takes all that the child prints.
+        import_limit_s: Seconds until an import that hangs is given up.
+
+    Raises:
+        TraceError: The entry point, its weights or its TorchScript; or the child was killed or hung.
+        ProofError: The TorchScript differs from eager, or its execution crashed the child.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    child = _context().Process(
+        target=_child, args=(version.model_dump_json(), str(root), str(out), str(log), sender), daemon=True
+    )
+    child.start()
+    sender.close()
+    try:
+        reply = _listen(child, receiver, version.label, import_limit_s)
+    finally:
+        if child.is_alive():
+            child.kill()
+        child.join()
+        receiver.close()
+    if reply is None:
+        raise _died(child, version, log)
+    if "error" in reply:
+        kind, arguments = reply["error"]
+        raise getattr(errors, kind)(*arguments)
+    if "bug" in reply:
+        raise RuntimeError(
+            f"trace {version.label}: a bug of tritonbuild; the child's traceback follows\n{reply['bug']}"
+        )
+    return Found(**reply["found"])
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tritonbuild.preload"])
+    return context
+
+
+def _listen(child: BaseProcess, receiver: Connection, label: str, import_limit_s: float) -> dict[str, Any] | None:
+    """Return the child's last word, or None when it died without one."""
+    started = time.monotonic()
+    phase, said = "importing", ""
+    while True:
+        elapsed = time.monotonic() - started
+        ready = wait([receiver, child.sentinel], timeout=0.5)
+        if receiver in ready:
+            try:
+                message: dict[str, Any] = receiver.recv()
+            except EOFError:
+                return None
+            if "phase" not in message:
+                return message
+            phase = message["phase"]
+        elif child.sentinel in ready:
+            return None
+        if phase == "importing" and elapsed > import_limit_s:
+            child.kill()
+            raise TraceError(
+                f"trace {label}",
+                f"the entry point's module was not imported within {import_limit_s:g} s",
+                "does it wait for a network, a lock or an input while it is imported?",
+            )
+        if elapsed > _SAY_AFTER_S and phase != said:
+            sys.stdout.write(f"   trace {label}: {phase}\n")
+            sys.stdout.flush()
+            said = phase
+
+
+def _died(child: BaseProcess, version: ModelVersion, log: Path) -> BuildError:
+    where = f"trace {version.label}"
+    tail = f"its output is in {_relative(log)}"
+    code = child.exitcode or 0
+    if code == -signal.SIGKILL:
+        return TraceError(
+            where,
+            "the child was killed (SIGKILL); the usual reason is that memory ran out",
+            f"make the largest batch or axis smaller, or free memory; {tail}",
+        )
+    if code < 0:
+        return ProofError(
+            where,
+            f"crash: running the model ended the child by {signal.Signals(-code).name}",
+            f"code in a library that the model calls corrupts memory at some declared size; {tail}",
+        )
+    return TraceError(where, f"the model's code ended the process with exit code {code}", tail)
+
+
+def _relative(path: Path) -> str:
+    return os.path.relpath(path)
+
+
+def _child(declaration: str, root: str, out: str, log: str, sender: Connection) -> None:
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; its terminal sends Ctrl-C to all of us
+    os.chdir(root)
+    _redirect(log)
+    version = ModelVersion.model_validate_json(declaration)
+    reply: dict[str, Any]
+    with _recording(Path(root)) as opened:
+        try:
+            from tritonbuild import trace
+
+            def say(phase: str) -> None:
+                sender.send({"phase": phase})
+
+            device = trace.run(version, Path(root), Path(out), say)
+            reply = {"found": {**_found(version, Path(root), opened), "device": device}}
+        except BuildError as error:
+            reply = {"error": (type(error).__name__, error.args)}
+        except BaseException:  # noqa: BLE001  whatever it is, it must reach the parent
+            reply = {"bug": traceback.format_exc()}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sender.send(reply)
+    sender.close()
+    # Threads or exit handlers of the model's libraries must not hold the child back, nor crash it after its work.
+    os._exit(0)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:
+        os._exit(1)
+
+
+def _redirect(log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    os.close(nothing)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+
+
+@contextlib.contextmanager
+def _recording(root: Path) -> Iterator[set[str]]:
+    """Collect the names of files that are opened for reading; an audit hook cannot be removed, only silenced."""
+    opened: set[str] = set()
+    active = True
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if active and event == "open" and isinstance(arguments[0], str) and not (arguments[2] or 0) & os.O_ACCMODE:
+            opened.add(os.path.join(root, arguments[0]))
+
+    sys.addaudithook(hook)
+    try:
+        yield opened
+    finally:
+        active = False
+
+
+_NOT_SOURCES = {".build", "models", ".git", ".venv", "venv", "site-packages", "__pycache__", "node_modules"}
+
+
+def _found(version: ModelVersion, root: Path, opened: set[str]) -> dict[str, Any]:
+    real, own = root.resolve(), Path(__file__).resolve().parent
+    first_party = {}
+    for name, module in list(sys.modules.items()):
+        inside = _inside(getattr(module, "__file__", None), real, own)
+        if inside:
+            first_party[name] = inside
+    files = {*first_party.values(), *filter(None, (_inside(name, real, own) for name in opened))}
+    if version.weights:
+        files.add(version.weights.path)
+    modules = [version.entry_point.split(":")[0], *first_party]
+    return {"files": tuple(sorted(files)), "distributions": _distributions(modules)}
+
+
+def _inside(name: str | None, root: Path, own: Path) -> str | None:
+    """Return the path relative to root if it is a file of the project that is not generated, else None."""
+    if not name or name.endswith(".pyc"):
+        return None  # the source of a .pyc is among the modules
+    try:
+        path = Path(name).resolve()
+        inside = path.relative_to(root)
+        if _NOT_SOURCES & set(inside.parts) or path.is_relative_to(own) or not path.is_file():
+            return None
+    except (OSError, ValueError):
+        return None
+    return inside.as_posix()
+
+
+def _distributions(modules: list[str]) -> tuple[str, ...]:
+    """Return the installed distributions that these modules are of, or name in their own namespace."""
+    tops = {modules[0].split(".")[0]}
+    for name in modules:
+        for value in list(vars(sys.modules.get(name, object())).values()) if name in sys.modules else ():
+            of = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            if isinstance(of, str):
+                tops.add(of.split(".")[0])
+    names = {"torch"}
+    own = {name.split(".")[0] for name in modules[1:]} | {"torch", "tritonbuild", "__main__"}
+    for top in tops - set(sys.stdlib_module_names) - own:
+        try:
+            names.add(metadata.distribution(top).metadata["Name"])
+        except metadata.PackageNotFoundError:
+            names.update(metadata.packages_distributions().get(top, ()))
+    return tuple(sorted(names))
