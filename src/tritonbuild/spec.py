@@ -10,6 +10,7 @@ Source: docs/pipeline.md, the reference of the format; Triton's model configurat
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import json
 import sys
@@ -286,26 +287,44 @@ def _all_rules(models: dict[str, Model]) -> Iterator[Problem]:
 
 
 def _rules_of_the_rest(data: dict[str, Any], error: ValidationError) -> Iterator[Problem]:
-    """Check the models that are well-formed but for unknown keys: all problems are shown at once."""
+    """Check the models that are well-formed but for misspelt keys: all problems are shown at once."""
     for details in error.errors():
         if details["type"] == "extra_forbidden":
             *steps, key = details["loc"]
-            functools.reduce(lambda node, step: node[step], steps, data).pop(key, None)
+            mapping: Any = functools.reduce(lambda node, step: node[step], steps, data)
+            value = mapping.pop(key, None)
+            for near in difflib.get_close_matches(str(key), _keys_at(details["loc"]), n=1):
+                mapping.setdefault(near, value)  # read as what it seems to mean
     models = data.get("models")
     for name, raw in models.items() if isinstance(models, dict) else ():
         with contextlib.suppress(ValidationError):
             yield from _all_rules({str(name): Model.model_validate(raw)})
 
 
-_KEYS_AT: dict[str, type[BaseModel]] = {
-    "axes": Axis,
-    "inputs": Input,
-    "weights": Weights,
-    "trace": Trace,
-    "versions": Version,
-    "models": Model,
-    "image": Image,
+# What lies under a key; True: under the key stand names, and below each name such a model.
+_BELOW: dict[tuple[type[BaseModel], str], tuple[type[BaseModel], bool]] = {
+    (Pipeline, "models"): (Model, True),
+    (Pipeline, "image"): (Image, False),
+    (Model, "axes"): (Axis, True),
+    (Model, "inputs"): (Input, True),
+    (Model, "versions"): (Version, True),
+    (Model, "weights"): (Weights, False),
+    (Model, "trace"): (Trace, False),
+    (Version, "weights"): (Weights, False),
+    (Version, "trace"): (Trace, False),
 }
+
+
+def _keys_at(location: Location) -> list[str]:
+    """Return the keys that are allowed in the mapping that holds the last step of the location."""
+    owner: type[BaseModel] = Pipeline
+    steps = iter(location[:-1])
+    for step in steps:
+        below, named = _BELOW.get((owner, str(step)), (owner, False))
+        owner = below
+        if named:
+            next(steps, None)
+    return list(owner.model_fields)
 
 
 def _problems(error: ValidationError) -> list[Problem]:
@@ -326,10 +345,7 @@ _UNION = {"int", "str", "float"}
 
 def _problem(details: ErrorDetails) -> Problem:
     location = tuple(step for step in details["loc"] if step not in {*_UNION, "[key]"})
-    owner: type[BaseModel] = Pipeline
-    for step in location[:-1]:
-        owner = _KEYS_AT.get(str(step), owner)
-    what = yamlfile.explain(details, list(owner.model_fields))
+    what = yamlfile.explain(details, _keys_at(location))
     if location == ("triton",):
         release = details["input"]
         what = f"found {yamlfile.shown(release)}, expected a release in quotes, such as "

@@ -172,7 +172,7 @@ def explain(error: ErrorDetails, known: Sequence[str]) -> str:
         key = str(error["loc"][-1])
         return "unknown key" + (closest(key, known) or f"; expected one of {', '.join(known)}")
     if kind == "missing":
-        return "missing"
+        return "missing, and there is no default"
     if kind in _EXPECTED:
         return f"found {shown(found)}, expected {_EXPECTED[kind]}"
     context = error.get("ctx", {})

@@ -1,0 +1,82 @@
+"""Projects to test with: a folder with a pipeline.yaml, and doit run in it as a person would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).parent.parent
+CASES = Path(__file__).parent / "cases"
+DODO = "from tritonbuild.graph import *\n"
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One finished run of doit."""
+
+    code: int
+    out: str
+    """Standard output, then standard error."""
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that ran, in order."""
+        return [line[3:] for line in self.out.splitlines() if line.startswith(".  ")]
+
+    @property
+    def up_to_date(self) -> list[str]:
+        """The tasks that had nothing to do."""
+        return [line[3:] for line in self.out.splitlines() if line.startswith("-- ")]
+
+
+@dataclass(frozen=True)
+class Project:
+    """A project folder of a test."""
+
+    root: Path
+
+    def write(self, files: dict[str, str]) -> Project:
+        """Write files, relative to the project."""
+        for name, text in files.items():
+            path = self.root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return self
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        """Start doit in a process group of its own, with both of its outputs in one pipe."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "doit", *arguments],
+            cwd=self.root,
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def doit(self, *arguments: str, **environment: str) -> Ran:
+        """Run doit to its end."""
+        with self.start(*arguments, **environment) as process:
+            out, _ = process.communicate(timeout=300)
+        return Ran(process.returncode, out)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Callable[[dict[str, str]], Project]:
+    """Make a project of the given files, with a dodo.py."""
+
+    def make(files: dict[str, str]) -> Project:
+        return Project(tmp_path / "project").write({"dodo.py": DODO, **files})
+
+    return make
