@@ -154,7 +154,6 @@ def trace(pipeline: Pipeline, version: ModelVersion, check: keys.UpToDate) -> di
     from tritonbuild import repository, worker
 
     root = pipeline.root
-    repository.claim(root, version.model)
     started_ns = time.time_ns()
     with _Scratch(root) as out:
         log = root / ".build" / "log" / f"trace-{version.model}-{version.version}.log"
@@ -175,7 +174,7 @@ def trace(pipeline: Pipeline, version: ModelVersion, check: keys.UpToDate) -> di
             ("proof.json", to.proof),
         ):
             _put(out / name, root / target)
-        repository.publish(root, version.model, version.version, {"model.pt": out / "model.pt"})
+        repository.publish(root, version.model, {"model.pt": out / "model.pt"}, version.version)
     return values
 
 
@@ -245,9 +244,7 @@ def config(pipeline: Pipeline, name: str) -> None:
         for number, version in pipeline.versions[name].items()
     }
     text = config.render(name, model, signatures, pipeline)
-    with _Scratch(root) as out:
-        (out / "config.pbtxt").write_text(text)
-        repository.publish(root, name, None, {"config.pbtxt": out / "config.pbtxt", **_config_copies(pipeline, name)})
+    repository.publish(root, name, {"config.pbtxt": text.encode(), **_config_copies(pipeline, name)})
 
 
 # ------------------------------------------------------------------------------------------------ repository
@@ -275,7 +272,8 @@ def repository(pipeline: Pipeline) -> None:
     """Remove from models/ what is not declared any more and was ours; refuse what is not ours."""
     from tritonbuild import repository
 
-    for removed in repository.prune(pipeline.root, pipeline):
+    declared = {name: list(model.versions) for name, model in pipeline.models.items()}
+    for removed in repository.prune(pipeline.root, declared):
         sys.stdout.write(f"   removed {removed}: not declared any more\n")
 
 

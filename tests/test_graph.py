@@ -1,0 +1,212 @@
+"""What runs after which edit, and what a doit with nothing to do may import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from conftest import ROOT, Project
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+PIPELINE = """\
+triton: "26.07"
+models:
+  one:
+    entry_point: nets.first:First
+    kwargs: {width: 3}
+    max_batch_size: 4
+    inputs:
+      x: {dtype: float32, shape: [batch, 4]}
+    outputs: [y]
+  two:
+    entry_point: nets.second:Second
+    max_batch_size: 4
+    weights: {path: two.safetensors}
+    inputs:
+      x: {dtype: float32, shape: [batch, 4]}
+    versions:
+      1: {}
+      3: {seed: 7}
+  three:
+    entry_point: torch.nn:Softmax
+    kwargs: {dim: -1}
+    max_batch_size: 4
+    inputs:
+      x: {dtype: float32, shape: [batch, 4]}
+"""
+FILES = {
+    "pipeline.yaml": PIPELINE,
+    "nets/__init__.py": "",
+    "nets/layers.py": (
+        "import torch\n\n\ndef layer(width: int) -> torch.nn.Module:\n    return torch.nn.Linear(4, width)\n"
+    ),
+    "nets/first.py": (
+        "import torch\n\nfrom nets.layers import layer\n\n\nclass First(torch.nn.Sequential):\n"
+        "    def __init__(self, width: int) -> None:\n        super().__init__(layer(width), torch.nn.ReLU())\n"
+    ),
+    "nets/second.py": (
+        "import torch\n\nfrom nets.layers import layer\n\n\nclass Second(torch.nn.Sequential):\n"
+        "    def __init__(self) -> None:\n        super().__init__(layer(2))\n"
+    ),
+    "make_weights.py": (
+        "import sys\n\nimport torch\nfrom safetensors.torch import save_file\n\n"
+        "save_file({'0.weight': torch.full((2, 4), float(sys.argv[1])), '0.bias': torch.zeros(2)}, 'two.safetensors')\n"
+    ),
+}
+ONE = ["trace:one/1", "config:one", "smoke:one/1"]
+TWO = ["trace:two/1", "trace:two/3", "config:two", "smoke:two/1", "smoke:two/3"]
+THREE = ["trace:three/1", "config:three", "smoke:three/1"]
+EVERY = {"check", *ONE, *TWO, *THREE, "repository"}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project that is built and has nothing to do; tests leave it so."""
+    project = Project(tmp_path_factory.mktemp("graph")).write({"dodo.py": "from tritonbuild.graph import *\n", **FILES})
+    _make_weights(project, 1)
+    ran = project.doit()
+    assert ran.code == 0, ran.out
+    assert set(ran.tasks) >= EVERY
+    return project
+
+
+def _make_weights(project: Project, value: float) -> None:
+    subprocess.run([sys.executable, "make_weights.py", str(value)], cwd=project.root, check=True)
+
+
+def _replace(name: str, old: str, new: str) -> Callable[[Project], None]:
+    def edit(project: Project) -> None:
+        text = (project.root / name).read_text()
+        assert old in text
+        project.write({name: text.replace(old, new)})
+
+    return edit
+
+
+def _append(name: str, text: str) -> Callable[[Project], None]:
+    def edit(project: Project) -> None:
+        project.write({name: (project.root / name).read_text() + text})
+
+    return edit
+
+
+def _delete(name: str) -> Callable[[Project], None]:
+    return lambda project: (project.root / name).unlink()
+
+
+NEW_MODEL = """\
+  four:
+    entry_point: torch.nn:Tanh
+    inputs:
+      x: {dtype: float32, shape: [4]}
+"""
+
+
+# Each edit stands on the ones before it. "smoke" of an edit that leaves model.pt, config and cases alone must not run.
+EDITS: list[tuple[str, Callable[[Project], None], set[str]]] = [
+    ("nothing", lambda project: None, set()),
+    ("a comment in pipeline.yaml", _append("pipeline.yaml", "# a comment\n"), set()),
+    ("max_batch_size of one model", _replace("pipeline.yaml", "max_batch_size: 4\n    inputs:\n      x: {dtype: float32, shape: [batch, 4]}\n    outputs", "max_batch_size: 6\n    inputs:\n      x: {dtype: float32, shape: [batch, 4]}\n    outputs"), {"check", *ONE}),
+    ("kwargs of one model", _replace("pipeline.yaml", "width: 3", "width: 5"), {"check", *ONE}),
+    ("a comment in a module that two models import", _append("nets/layers.py", "# a comment\n"), {"trace:one/1", "trace:two/1", "trace:two/3"}),
+    ("a line in a module that two models import", _replace("nets/layers.py", "return torch.nn.Linear(4, width)", "return torch.nn.Linear(4, width).requires_grad_(False).double().float()"), {"trace:one/1", "trace:two/1", "trace:two/3"}),
+    ("a layer in a module of one model", _replace("nets/first.py", "torch.nn.ReLU", "torch.nn.Tanh"), {"trace:one/1", "smoke:one/1"}),
+    ("a weights file", lambda project: _make_weights(project, 2), {"trace:two/1", "trace:two/3", "smoke:two/1", "smoke:two/3"}),
+    ("a touched weights file", lambda project: (project.root / "two.safetensors").touch(), set()),
+    ("a model added", _append("pipeline.yaml", NEW_MODEL), {"check", "trace:four/1", "config:four", "repository", "smoke:four/1"}),
+    ("a model removed", _replace("pipeline.yaml", NEW_MODEL, ""), {"check", "repository"}),
+    ("a version removed", _replace("pipeline.yaml", "      3: {seed: 7}\n", ""), {"check", "config:two", "repository", "smoke:two/1"}),
+    ("a hand-edited config.pbtxt", _append("models/one/config.pbtxt", "# mine\n"), {"config:one"}),
+    ("a deleted model.pt", _delete("models/three/1/model.pt"), {"trace:three/1"}),
+    ("a config field", _replace("pipeline.yaml", "    outputs: [y]\n", "    outputs: [y]\n    config: {dynamic_batching: {}}\n"), {"check", "config:one", "smoke:one/1"}),
+    ("a deleted proof", _delete(".build/proof/three/1.json"), {"trace:three/1"}),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_each_edit_runs_exactly_its_tasks(built: Project) -> None:
+    wrong = []
+    for what, edit, expected in EDITS:
+        edit(built)
+        ran = built.doit()
+        if ran.code or set(ran.tasks) != expected:
+            wrong.append(f"{what}: exit {ran.code}, ran {sorted(ran.tasks)}, expected {sorted(expected)}\n{ran.out}")
+    assert not wrong, "\n\n".join(wrong)
+    assert built.doit().tasks == []
+    assert sorted(path.name for path in (built.root / "models").iterdir()) == ["one", "three", "two"]
+    assert sorted(path.name for path in (built.root / "models/two").iterdir()) == [".tritonbuild", "1", "config.pbtxt"]
+
+
+def test_a_failed_task_fixed_runs_what_waited_for_it(project: Callable[[dict[str, str]], Project]) -> None:
+    made = project({**FILES, "nets/first.py": "raise RuntimeError('not yet')\n"})
+    _make_weights(made, 1)
+    failed = made.doit("trace:one/1", "trace:three/1")
+    assert failed.code == 1
+    assert "trace one/1" in failed.out
+    assert "Traceback" not in failed.out
+    assert not (made.root / "models/one/1").exists()
+
+    made.write({"nets/first.py": FILES["nets/first.py"]})
+    fixed = made.doit("trace:one/1", "trace:three/1")
+    assert (fixed.code, fixed.tasks, fixed.up_to_date) == (0, ["trace:one/1"], ["trace:three/1"])
+
+
+def test_a_doit_with_nothing_to_do_imports_nothing_heavy(built: Project) -> None:
+    code = (
+        "import sys\nfrom doit.doit_cmd import DoitMain\ncode = DoitMain().run([])\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules}))\nsys.exit(code)\n"
+    )
+    built.doit()
+    ran = subprocess.run([sys.executable, "-c", code], cwd=built.root, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "\n.  " not in ran.stdout
+    imported = set(ran.stdout.splitlines()[-1].strip("[]").replace("'", "").split(", "))
+    assert not imported & {"torch", "numpy", "tritonclient", "torchvision", "safetensors", "google", "rich", "fsspec"}
+
+
+def test_removed_and_added_tasks_of_one_model_only(built: Project) -> None:
+    built.doit()
+    listed = built.doit("list", "--all", "--quiet")
+    names = listed.out.split()
+    assert "smoke:one/1" in names
+    info = built.doit("info", "config:one")
+    assert "models/one/config.pbtxt" in info.out
+    assert info.code == 0
+
+
+def test_clean_removes_targets_and_forget_runs_again(project: Callable[[dict[str, str]], Project]) -> None:
+    made = project({"pipeline.yaml": 'triton: "26.07"\nmodels:\n' + NEW_MODEL})
+    assert made.doit().code == 0
+    assert made.doit("forget", "trace:four/1").code == 0
+    assert made.doit().tasks == ["trace:four/1"]
+    cleaned = made.doit("clean")
+    assert cleaned.code == 0
+    assert not (made.root / "models/four").exists()
+    assert not (made.root / ".build/cases/four").exists()
+    assert set(made.doit().tasks) >= {"trace:four/1", "config:four", "smoke:four/1"}
+
+
+def test_two_processes_of_doit_build_the_same(built: Project, project: Callable[[dict[str, str]], Project]) -> None:
+    made = project(FILES)
+    _make_weights(made, 2)
+    parallel = made.doit("-n", "2")
+    assert parallel.code == 0, parallel.out
+    assert set(parallel.tasks) >= EVERY
+    assert made.doit("-n", "2").tasks == []
+
+
+def test_schema_is_current() -> None:
+    from tritonbuild import spec
+
+    assert (ROOT / "docs/pipeline.schema.json").read_text() == spec.schema()
+
+
+def test_graph_loads_without_torch(tmp_path: Path) -> None:
+    code = "import sys, tritonbuild.graph\nassert not {'torch', 'numpy', 'tritonclient', 'google'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
