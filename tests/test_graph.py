@@ -7,7 +7,6 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-
 from conftest import ROOT, Project
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ models:
   one:
     entry_point: nets.first:First
     kwargs: {width: 3}
-    max_batch_size: 4
+    max_batch_size: 5
     inputs:
       x: {dtype: float32, shape: [batch, 4]}
     outputs: [y]
@@ -112,21 +111,53 @@ NEW_MODEL = """\
 EDITS: list[tuple[str, Callable[[Project], None], set[str]]] = [
     ("nothing", lambda project: None, set()),
     ("a comment in pipeline.yaml", _append("pipeline.yaml", "# a comment\n"), set()),
-    ("max_batch_size of one model", _replace("pipeline.yaml", "max_batch_size: 4\n    inputs:\n      x: {dtype: float32, shape: [batch, 4]}\n    outputs", "max_batch_size: 6\n    inputs:\n      x: {dtype: float32, shape: [batch, 4]}\n    outputs"), {"check", *ONE}),
+    (
+        "max_batch_size of one model",
+        _replace("pipeline.yaml", "max_batch_size: 5", "max_batch_size: 6"),
+        {"check", *ONE},
+    ),
     ("kwargs of one model", _replace("pipeline.yaml", "width: 3", "width: 5"), {"check", *ONE}),
-    ("a comment in a module that two models import", _append("nets/layers.py", "# a comment\n"), {"trace:one/1", "trace:two/1", "trace:two/3"}),
-    ("a line in a module that two models import", _replace("nets/layers.py", "return torch.nn.Linear(4, width)", "return torch.nn.Linear(4, width).requires_grad_(False).double().float()"), {"trace:one/1", "trace:two/1", "trace:two/3"}),
-    ("a layer in a module of one model", _replace("nets/first.py", "torch.nn.ReLU", "torch.nn.Tanh"), {"trace:one/1", "smoke:one/1"}),
-    ("a weights file", lambda project: _make_weights(project, 2), {"trace:two/1", "trace:two/3", "smoke:two/1", "smoke:two/3"}),
+    (
+        "a comment in a module that two models import",
+        _append("nets/layers.py", "# a comment\n"),
+        {"trace:one/1", "trace:two/1", "trace:two/3"},
+    ),
+    (
+        "a line in a module that two models import",
+        _replace("nets/layers.py", "Linear(4, width)", "Linear(4, width).double().float()"),
+        {"trace:one/1", "trace:two/1", "trace:two/3"},
+    ),
+    (
+        "a layer in a module of one model",
+        _replace("nets/first.py", "torch.nn.ReLU", "torch.nn.Tanh"),
+        {"trace:one/1", "smoke:one/1"},
+    ),
+    (
+        "a weights file",
+        lambda project: _make_weights(project, 2),
+        {"trace:two/1", "trace:two/3", "smoke:two/1", "smoke:two/3"},
+    ),
     ("a touched weights file", lambda project: (project.root / "two.safetensors").touch(), set()),
-    ("a model added", _append("pipeline.yaml", NEW_MODEL), {"check", "trace:four/1", "config:four", "repository", "smoke:four/1"}),
+    (
+        "a model added",
+        _append("pipeline.yaml", NEW_MODEL),
+        {"check", "trace:four/1", "config:four", "repository", "smoke:four/1"},
+    ),
     ("a model removed", _replace("pipeline.yaml", NEW_MODEL, ""), {"check", "repository"}),
-    ("a version removed", _replace("pipeline.yaml", "      3: {seed: 7}\n", ""), {"check", "config:two", "repository", "smoke:two/1"}),
+    (
+        "a version removed",
+        _replace("pipeline.yaml", "      3: {seed: 7}\n", ""),
+        {"check", "config:two", "repository", "smoke:two/1"},
+    ),
     ("a hand-edited config.pbtxt", _append("models/one/config.pbtxt", "# mine\n"), {"config:one"}),
     ("a deleted model.pt", _delete("models/three/1/model.pt"), {"trace:three/1"}),
-    ("a config field", _replace("pipeline.yaml", "    outputs: [y]\n", "    outputs: [y]\n    config: {dynamic_batching: {}}\n"), {"check", "config:one", "smoke:one/1"}),
+    (
+        "a config field",
+        _replace("pipeline.yaml", "    outputs: [y]\n", "    outputs: [y]\n    config: {dynamic_batching: {}}\n"),
+        {"check", "config:one", "smoke:one/1"},
+    ),
     ("a deleted proof", _delete(".build/proof/three/1.json"), {"trace:three/1"}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +23,8 @@ from filelock import FileLock, Timeout
 from tritonbuild import state
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from doit.exceptions import BaseFail
     from doit.task import Task
 
@@ -44,12 +47,15 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         self.up_to_date = 0
         self.blocked: list[str] = []
         self.mendable = True
+        self.stopped = False
         self.lock = FileLock(_LOCK)
 
     def initialize(self, tasks: dict[str, Task], selected_tasks: list[str]) -> None:
         """Take the project's lock; called once, before the first task is looked at."""
         super().initialize(tasks, selected_tasks)
         BUILD.mkdir(exist_ok=True)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
@@ -60,6 +66,12 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             state.current().reload()  # what the other one finished is not done again
         _HOLDER.write_text(f"{os.getpid()}\n")
         shutil.rmtree(BUILD / "tmp", ignore_errors=True)  # what a killed run has left half-written
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        # Unlike KeyboardInterrupt this ends doit without a traceback; doit still stops the servers and closes the run.
+        del frame
+        self.stopped = True
+        raise SystemExit(128 + number)
 
     def execute_task(self, task: Task) -> None:
         """Show the task that starts."""
@@ -91,7 +103,8 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         for name, reason in self.left_out.items():
             self.write(f"   left out: {name}: {reason}\n")
         failed = [result["task"].name for result in self.failures if result["task"].name not in self.blocked]
-        words = [f"{len(self.ran)} done", f"{self.up_to_date} up to date"]
+        words = ["stopped"] if self.stopped else []
+        words += [f"{len(self.ran)} done", f"{self.up_to_date} up to date"]
         if failed:
             words.append(f"{len(failed)} failed ({_few(failed)})")
         if self.blocked:
@@ -102,7 +115,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         self.outstream.flush()
         _HOLDER.unlink(missing_ok=True)
         self.lock.release()
-        if self.failures and self.mendable and not self.runtime_errors:
+        if self.failures and self.mendable and not self.runtime_errors and not self.stopped:
             # doit counts a task whose dependency failed as an error of its own (exit code 2, which here means a bug).
             raise SystemExit(1)
 
