@@ -45,6 +45,7 @@ class State:
     def __init__(self, name: str, codec: object = None, *, module_name: str | None = None) -> None:
         del codec, module_name  # doit passes them to every backend; JSON is part of this file's format
         self.name = name
+        self.opened_by = os.getpid()
         self._connection = _connect(Path(name))
         self._tasks: dict[str, dict[str, Any]] = {}
         self._texts: dict[str, str] = {}
