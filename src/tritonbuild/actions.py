@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from tritonbuild.spec import Model, ModelVersion, Pipeline
+    from tritonbuild.store import Store
 
 _TRACE_RECIPE = (
     "trace.py",
@@ -39,7 +40,7 @@ _TRACE_RECIPE = (
     "monitors.py",
     "hazards.py",
 )
-_CONFIG_RECIPE = ("config.py", "dtypes.py")
+_CONFIG_RECIPE = ("config.py", "config_rules.py", "config_tensors.py", "message.py", "dtypes.py")
 _SMOKE_RECIPE = ("smoke.py", "server.py", "backends/pytorch/model.py")
 
 
@@ -109,6 +110,9 @@ def check(pipeline: Pipeline) -> None:
 # ---------------------------------------------------------------------------------------------------- trace
 
 
+_TRACED = ("model.pt", "signature.json", "cases.safetensors", "proof.json")
+
+
 class Traced(NamedTuple):
     """Where the results of a traced version lie, relative to the project's root."""
 
@@ -150,24 +154,13 @@ def trace_parts(version: ModelVersion) -> keys.Parts:
 
 @_task
 def trace(pipeline: Pipeline, version: ModelVersion, check: keys.UpToDate) -> dict[str, Any]:
-    """Trace and prove a version in a child; publish model.pt, signature, cases and proof."""
-    from tritonbuild import repository, worker
+    """Take a version's model.pt, signature, cases and proof from a store, or trace and prove it; publish them."""
+    from tritonbuild import repository, store
 
-    root = pipeline.root
-    started_ns = time.time_ns()
+    root, to = pipeline.root, traced(version)
+    results = store.of(root, pipeline.store)
     with _Scratch(root) as out:
-        log = root / ".build" / "log" / f"trace-{version.model}-{version.version}.log"
-        try:
-            _files_exist(root, version)
-            found = worker.run(version, root, out, log)
-        except BuildError as error:
-            _publish_failure(root, version, out, error)
-            raise
-        values = {"files": found.files, "distributions": found.distributions, "started_ns": started_ns}
-        proof = json.loads((out / "proof.json").read_text())
-        proof["action_key"] = keys.digest(check.complete(found.files, found.distributions))
-        (out / "proof.json").write_text(json.dumps(proof, indent=2) + "\n")
-        to = traced(version)
+        values = _fetch(results, check, out, f"trace {version.label}") or _trace(results, root, version, check, out)
         for name, target in (
             ("signature.json", to.signature),
             ("cases.safetensors", to.cases),
@@ -175,7 +168,57 @@ def trace(pipeline: Pipeline, version: ModelVersion, check: keys.UpToDate) -> di
         ):
             _put(out / name, root / target)
         repository.publish(root, version.model, {"model.pt": out / "model.pt"}, version.version)
+    results.share()
     return values
+
+
+def _fetch(results: Store, check: keys.UpToDate, out: Path, what: str) -> dict[str, Any] | None:
+    """Return the values of the task if its result is in a store; the files are then in `out`."""
+    stamps: dict[str, keys.Stamp | None] = {}
+
+    def key_of(files: Sequence[str], distributions: Sequence[str]) -> str:
+        stamps.update({path: keys.stamp(check.root / path) for path in files})
+        return keys.digest(check.complete(files, distributions))
+
+    found = results.find(keys.digest(check.parts()), key_of)
+    if found is None or not results.fetch(found, out):
+        return None
+    sys.stdout.write(f"   {what}: from the {'shared ' if found.remote else ''}store, made in {found.seconds:.1f} s\n")
+    files, distributions = found.reads
+    return {
+        "files": list(files),
+        "distributions": list(distributions),
+        "stamps": {path: stamps[path] for path in files},
+        "made_in_s": found.seconds,
+    }
+
+
+def _trace(results: Store, root: Path, version: ModelVersion, check: keys.UpToDate, out: Path) -> dict[str, Any]:
+    from tritonbuild import worker
+    from tritonbuild.results import describe, reads
+
+    started = time.perf_counter()
+    log = root / ".build" / "log" / f"trace-{version.model}-{version.version}.log"
+    try:
+        _files_exist(root, version)
+        found = worker.run(version, root, out, log)
+    except BuildError as error:
+        _publish_failure(root, version, out, error)
+        raise
+    key = keys.digest(check.complete(found.files, found.distributions))
+    proof = json.loads((out / "proof.json").read_text())
+    proof["action_key"] = key
+    (out / "proof.json").write_text(json.dumps(proof, indent=2) + "\n")
+    seconds = round(time.perf_counter() - started, 3)
+    if not keys.edited(root, found.stamps):
+        read = reads(found.files, found.distributions)
+        results.keep(describe(key, keys.digest(check.parts()), out, _TRACED, read, seconds), out)
+    return {
+        "files": list(found.files),
+        "distributions": list(found.distributions),
+        "stamps": found.stamps,
+        "made_in_s": seconds,
+    }
 
 
 def _files_exist(root: Path, version: ModelVersion) -> None:
@@ -216,12 +259,11 @@ def config_files(pipeline: Pipeline, name: str) -> list[str]:
 
 
 def _config_copies(pipeline: Pipeline, name: str) -> dict[str, Path]:
-    model = pipeline.models[name]
-    if not model.config:
+    if not pipeline.models[name].config:
         return {}
     from tritonbuild import config
 
-    return config.files(model, pipeline.root)
+    return config.files(pipeline, name)
 
 
 def config_parts(model: Model) -> keys.Parts:
@@ -238,12 +280,12 @@ def config(pipeline: Pipeline, name: str) -> None:
     """Write config.pbtxt and the files that it names."""
     from tritonbuild import config, repository
 
-    root, model = pipeline.root, pipeline.models[name]
+    root = pipeline.root
     signatures = {
         number: json.loads((root / traced(version).signature).read_text())
         for number, version in pipeline.versions[name].items()
     }
-    text = config.render(name, model, signatures, pipeline)
+    text = config.render(pipeline, name, signatures)
     repository.publish(root, name, {"config.pbtxt": text.encode(), **_config_copies(pipeline, name)})
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from doit.task import Task
 
 Parts = dict[str, Any]
+Stamp = list[int]
+_EDITED = "edited while the task ran"
 
 
 def digest(parts: Mapping[str, Any]) -> str:
@@ -69,11 +71,25 @@ def file_digests(root: Path, paths: Iterable[str]) -> dict[str, str | None]:
     return {path: files.digest(base + path) for path in paths}
 
 
+def stamp(path: str | Path) -> Stamp | None:
+    """Return size, time stamp and inode of a file, or None: equal stamps mean that it was not written in between."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
+
+
+def edited(root: Path, stamps: Mapping[str, Stamp | None]) -> list[str]:
+    """Return the files, relative to the project's root, that do not have the stamp any more."""
+    return [path for path, before in stamps.items() if stamp(root / path) != before]
+
+
 class UpToDate:
     """An up-to-date check for doit: compares the key of now with that of the last success, then the targets.
 
-    The task's action may return `{"files": [paths relative to root], "distributions": [names], "started_ns": time}`:
-    what it found, while it ran, that its result depends on.
+    The task's action may return `{"files": [paths], "distributions": [names], "stamps": {path: stamp}}`: what it found,
+    while it ran, that its result depends on, and the stamps that these files had when it read them.
 
     Args:
         root: The project's folder.
@@ -117,13 +133,12 @@ class UpToDate:
             parts["distributions"] = {name: distribution_version(name) for name in distributions}
         return parts
 
-    def _remember(self, found: Mapping[str, Any]) -> dict[str, Any]:
+    def _remember(self, found: dict[str, Any]) -> dict[str, Any]:
         files, distributions = list(found.get("files", ())), list(found.get("distributions", ()))
         parts = self.complete(files, distributions)
-        for path in files:
-            if (self.root / path).stat().st_mtime_ns >= found["started_ns"]:
-                # Edited while the task ran: nobody knows which text it read, so it runs again.
-                parts["files"][path] = "edited while the task ran"
+        for path in edited(self.root, found.pop("stamps", {})):
+            # Nobody knows which text the task has read, so it runs again.
+            parts["files"][path] = _EDITED
         return {
             "key": digest(parts),
             "parts": parts,
@@ -163,13 +178,19 @@ class FileChecker(FileChangedChecker):  # type: ignore[misc]
 
     _MISSING = "missing"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._first: dict[str, str] = {}
+
     def exists(self, file_path: str) -> bool:
         """Return whether a target exists."""
         return os.path.exists(file_path)
 
     def info(self, file_path: str) -> str:
         """Return the state of the file as it is now."""
-        return state.current().files.digest(file_path) or self._MISSING
+        now = state.current().files.digest(file_path) or self._MISSING
+        self._first.setdefault(file_path, now)
+        return now
 
     def check_modified(self, file_path: str, file_stat: str, state: str) -> bool:
         """Return whether the state of now differs from the remembered one."""
@@ -178,5 +199,8 @@ class FileChecker(FileChangedChecker):  # type: ignore[misc]
 
     def get_state(self, dep: str, current_state: str | None) -> str | None:
         """Return the state to remember, or None when it is remembered already."""
+        first = self._first.get(dep)
         now = self.info(dep)
+        if first is not None and now != first:
+            now = _EDITED  # between the check, before the task ran, and now: the task may have read either
         return None if now == current_state else now

@@ -3,3 +3,4 @@
 import torch  # noqa: F401
 
 import tritonbuild.trace  # noqa: F401
+import tritonbuild.worker  # noqa: F401

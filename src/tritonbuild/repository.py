@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from tritonbuild.errors import RepositoryError
+from tritonbuild.store import link
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -295,6 +296,8 @@ def _same(target: Path, source: Path | bytes) -> bool:
         return target.stat().st_size == len(source) and target.read_bytes() == source
     if target.stat().st_size != source.stat().st_size:
         return False
+    if target.samefile(source):
+        return True
     with target.open("rb") as old, source.open("rb") as new:
         while block := old.read(_BLOCK):
             if block != new.read(_BLOCK):
@@ -306,8 +309,11 @@ def _write(path: Path, source: Path | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(source, bytes):
         path.write_bytes(source)
-    else:
+    elif source.stat().st_mode & 0o222:
         shutil.copyfile(source, path)
+    else:
+        # A result of the store, which nobody may write: one file on the disk, not two.
+        link(source, path)
     _to_disk(path)
 
 

@@ -39,6 +39,7 @@ LIMIT_BYTES = 20 * 1024**3
 """How large the local store grows, beside the results that are in use."""
 
 _NEW = ".new-"
+_PENDING = "pending"
 _ABANDONED_S = 24 * 3600
 
 
@@ -160,10 +161,10 @@ class Store:
             shutil.rmtree(scratch, ignore_errors=True)
         return True
 
-    # --------------------------------------------------------------------------------------------------------- put
+    # ------------------------------------------------------------------------------------------------- keep, share
 
-    def put(self, result: Result, out: Path) -> None:
-        """Keep a result: its files, which lie in the folder `out`, become links to the store.
+    def keep(self, result: Result, out: Path) -> None:
+        """Keep a result here: its files, which lie in the folder `out`, become links to the store.
 
         Never raises for the store's own failures: they are warnings.
         """
@@ -173,38 +174,29 @@ class Store:
             for name, (digest, _) in result.files.items():
                 self._adopt(out / name, digest)
             self._keep(result)
+            if self._url and self.mode != "read-only":
+                _write(self.folder / _PENDING / result.key, b"")
             self._collect_when_large(result)
         except OSError as error:
             self._say(error)
-        if self.remote is not None and self.mode != "read-only":
-            self._share(result, out)
 
-    def _share(self, result: Result, out: Path) -> None:
-        """Put into the shared store; what it does not take now is put there by a later run that shares something."""
-        pending = self.folder / "pending"
-        with contextlib.suppress(OSError):
-            pending.mkdir(parents=True, exist_ok=True)
-            (pending / result.key).touch()
-        if not self._upload(result, {digest: out / name for name, (digest, _) in result.files.items()}):
-            return
-        (pending / result.key).unlink(missing_ok=True)
-        for key in self._names("pending"):
-            earlier = parse_result(key, self._read(_result_path(key)))
-            blobs = (
-                {digest: self.folder / _blob_path(digest) for digest, _ in earlier.files.values()} if earlier else {}
-            )
-            collected = earlier is None or not all(blob.exists() for blob in blobs.values())
-            if not collected and not self._upload(earlier, blobs):  # type: ignore[arg-type]
+    def share(self) -> None:
+        """Put what was kept here into the shared store; what it does not take now, a later run puts there."""
+        names = self._names(_PENDING)
+        for key in names if self.remote is not None and self.mode != "read-only" else ():
+            result = parse_result(key, self._read(_result_path(key)))
+            if result is not None and not self._upload(result):
                 return
-            (pending / key).unlink(missing_ok=True)
+            (self.folder / _PENDING / key).unlink(missing_ok=True)
 
-    def _upload(self, result: Result, blobs: dict[str, Path]) -> bool:
-        remote = self.remote
+    def _upload(self, result: Result) -> bool:
+        blobs = {path: self.folder / path for path in (_blob_path(digest) for digest, _ in result.files.values())}
+        if self.remote is None or not all(blob.exists() for blob in blobs.values()):
+            return self.remote is not None  # collected meanwhile: there is nothing left to share
         return (
-            remote is not None
-            and remote.put({_blob_path(digest): path for digest, path in blobs.items()})
-            and remote.write(_result_path(result.key), result.text())
-            and remote.write(f"index/{result.base}/{result.reads.name}", result.reads.text())
+            self.remote.put(blobs)
+            and self.remote.write(_result_path(result.key), result.text())
+            and self.remote.write(f"index/{result.base}/{result.reads.name}", result.reads.text())
         )
 
     def _adopt(self, path: Path, digest: str) -> None:

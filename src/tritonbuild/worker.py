@@ -20,12 +20,13 @@ import time
 import traceback
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import source_from_cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tritonbuild import errors
+from tritonbuild import errors, keys
 from tritonbuild.errors import BuildError, ProofError, TraceError
 from tritonbuild.spec import ModelVersion
 
@@ -47,11 +48,13 @@ class Found:
     Attributes:
         files: First-party files it imported or opened, relative to the project's root.
         distributions: Installed distributions whose code it imported and that hold the entry point, and torch.
+        stamps: Path -> size, time stamp and inode that the file had when it was opened (see `keys.stamp`).
         device: The kind of device that it ran on: cuda or cpu.
     """
 
     files: tuple[str, ...]
     distributions: tuple[str, ...]
+    stamps: dict[str, keys.Stamp]
     device: str
 
 
@@ -161,7 +164,7 @@ def _child(declaration: str, root: str, out: str, log: str, sender: Connection) 
     _redirect(log)
     version = ModelVersion.model_validate_json(declaration)
     reply: dict[str, Any]
-    with _recording(Path(root)) as opened:
+    with _recording(version, Path(root)) as opened:
         try:
             from tritonbuild import trace
 
@@ -202,14 +205,21 @@ def _redirect(log: str) -> None:
 
 
 @contextlib.contextmanager
-def _recording(root: Path) -> Iterator[set[str]]:
-    """Collect the names of files that are opened for reading; an audit hook cannot be removed, only silenced."""
-    opened: set[str] = set()
+def _recording(version: ModelVersion, root: Path) -> Iterator[dict[str, keys.Stamp | None]]:
+    """Collect the files that are opened for reading, as they are then; an audit hook can only be silenced."""
+    # Opened by code that is not Python, which no audit hook sees.
+    declared = [declared.values for declared in version.inputs.values()] + [version.weights and version.weights.path]
+    opened = {str(root / path): keys.stamp(root / path) for path in declared if path}
     active = True
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if active and event == "open" and isinstance(arguments[0], str) and not (arguments[2] or 0) & os.O_ACCMODE:
-            opened.add(os.path.join(root, arguments[0]))
+            name = os.path.join(root, arguments[0])
+            if name.endswith(".pyc"):
+                with contextlib.suppress(ValueError):
+                    name = source_from_cache(name)
+            if name not in opened:
+                opened[name] = keys.stamp(name)
 
     sys.addaudithook(hook)
     try:
@@ -218,21 +228,25 @@ def _recording(root: Path) -> Iterator[set[str]]:
         active = False
 
 
-_NOT_SOURCES = {".build", "models", ".git", ".venv", "venv", "site-packages", "__pycache__", "node_modules"}
+_GENERATED = {".build", "models"}
+_NOT_SOURCES = {".git", ".venv", "venv", "site-packages", "__pycache__", "node_modules"}
 
 
-def _found(version: ModelVersion, root: Path, opened: set[str]) -> dict[str, Any]:
+def _found(version: ModelVersion, root: Path, opened: dict[str, keys.Stamp | None]) -> dict[str, Any]:
     real, own = root.resolve(), Path(__file__).resolve().parent
     first_party = {}
     for name, module in list(sys.modules.items()):
         inside = _inside(getattr(module, "__file__", None), real, own)
         if inside:
             first_party[name] = inside
-    files = {*first_party.values(), *filter(None, (_inside(name, real, own) for name in opened))}
-    if version.weights:
-        files.add(version.weights.path)
+    stamps = {}
+    for name, stamp in opened.items():
+        inside = _inside(name, real, own)
+        if inside:
+            stamps[inside] = stamp
+    files = tuple(sorted({*first_party.values(), *stamps}))
     modules = [version.entry_point.split(":")[0], *first_party]
-    return {"files": tuple(sorted(files)), "distributions": _distributions(modules)}
+    return {"files": files, "distributions": _distributions(modules), "stamps": stamps}
 
 
 def _inside(name: str | None, root: Path, own: Path) -> str | None:
@@ -242,7 +256,12 @@ def _inside(name: str | None, root: Path, own: Path) -> str | None:
     try:
         path = Path(name).resolve()
         inside = path.relative_to(root)
-        if _NOT_SOURCES & set(inside.parts) or path.is_relative_to(own) or not path.is_file():
+        if (
+            inside.parts[0] in _GENERATED
+            or _NOT_SOURCES & set(inside.parts)
+            or path.is_relative_to(own)
+            or not path.is_file()
+        ):
             return None
     except (OSError, ValueError):
         return None
