@@ -145,9 +145,12 @@ def trace_files(pipeline: Pipeline, version: ModelVersion) -> list[str]:
 
 
 def trace_parts(version: ModelVersion) -> keys.Parts:
-    """Return the parts of a trace's action key that are known before it runs."""
+    """Return the parts of a trace's action key that are known before it runs.
+
+    The name is not among them: a renamed model is not traced again.
+    """
     device = version.device if version.device != "auto" else keys.device_kind()
-    declaration = version.model_dump(mode="json")
+    declaration = version.model_dump(mode="json", exclude={"model", "version"})
     declaration["device"] = device
     return {"declaration": declaration, "recipe": keys.recipe(*_TRACE_RECIPE)}
 
