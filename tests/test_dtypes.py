@@ -35,9 +35,7 @@ def test_every_row_agrees_with_torch_numpy_and_triton(dtype: Dtype) -> None:
 def test_every_type_of_torch_is_either_in_the_table_or_refused_with_a_way_out() -> None:
     import torch
 
-    names = {
-        str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)
-    }
+    names = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
     # Types below a byte, which no tensor that a model returns has; they are answered like any text.
     shapeless = {name for name in names if re.match(r"u?int[1-7]$|bits|float4|quint[24]x", name)}
     for name in names - shapeless:
@@ -69,8 +67,7 @@ REFUSALS = {
     "use float16 or float32 and cast inside forward",
     "qint8": "qint8 cannot be served: no Triton type exists for it; "
     "use int8 or uint8 with scale and zero point inside the model",
-    "BYTES": "BYTES cannot be served: text is not a tensor in torch; "
-    "use int64 token ids, and tokenize in the client",
+    "BYTES": "BYTES cannot be served: text is not a tensor in torch; use int64 token ids, and tokenize in the client",
     "float": 'found "float"; write torch\'s name, "float32"',
     "TYPE_FP32": 'found "TYPE_FP32"; write torch\'s name, "float32"',
     "torch.int64": 'found "torch.int64"; write torch\'s name, "int64"',

@@ -131,10 +131,10 @@ class _Lines:
 
 def dotted(location: Location) -> str:
     """Return `models.pnet.inputs.image.shape[0]`; version numbers are keys: `models.pnet.versions.2`."""
-    text, previous = "", None
-    for step in location:
-        text += f"[{step}]" if isinstance(step, int) and previous != "versions" else f".{step}"
-        previous = step
+    text = ""
+    for depth, step in enumerate(location):
+        is_version = depth == 3 and location[2] == "versions"
+        text += f"[{step}]" if isinstance(step, int) and not is_version else f".{step}"
     return text.removeprefix(".")
 
 
