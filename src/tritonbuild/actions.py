@@ -26,7 +26,7 @@ from tritonbuild.errors import BuildError, SpecError, TraceError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from tritonbuild.spec import Model, ModelVersion, Pipeline
+    from tritonbuild.spec import ModelVersion, Pipeline
     from tritonbuild.store import Store
 
 _TRACE_RECIPE = (
@@ -269,11 +269,13 @@ def _config_copies(pipeline: Pipeline, name: str) -> dict[str, Path]:
     return config.files(pipeline, name)
 
 
-def config_parts(model: Model) -> keys.Parts:
+def config_parts(pipeline: Pipeline, name: str) -> keys.Parts:
     """Return the parts of a config's action key beside the signatures."""
+    model = pipeline.models[name]
     declaration = model.model_dump(mode="json", include={"max_batch_size", "axes", "inputs", "outputs", "config"})
     return {
-        "declaration": {**declaration, "versions": sorted(model.versions)},
+        # With device: cpu the instances are pinned to the CPU.
+        "declaration": {**declaration, "versions": sorted(model.versions), "device": pipeline.device},
         "recipe": keys.recipe(*_CONFIG_RECIPE),
     }
 

@@ -28,7 +28,7 @@ from tritonbuild.reporter import Reporter
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tritonbuild.spec import Model, ModelVersion, Pipeline
+    from tritonbuild.spec import ModelVersion, Pipeline
 
 __all__ = [
     "DOIT_CONFIG",
@@ -95,11 +95,11 @@ def _trace(declared: Pipeline, version: ModelVersion) -> dict[str, Any]:
 def task_config() -> Iterator[dict[str, Any]]:
     """write a model's config.pbtxt from its declaration and its measured signature"""
     declared = pipeline()
-    for name, model in declared.models.items():
-        yield _config(declared, name, model)
+    for name in declared.models:
+        yield _config(declared, name)
 
 
-def _config(declared: Pipeline, name: str, model: Model) -> dict[str, Any]:
+def _config(declared: Pipeline, name: str) -> dict[str, Any]:
     targets = actions.config_targets(declared, name)
     signatures = [actions.traced(version).signature for version in declared.versions[name].values()]
     return {
@@ -108,7 +108,7 @@ def _config(declared: Pipeline, name: str, model: Model) -> dict[str, Any]:
         "actions": [(actions.config, [declared, name])],
         "file_dep": signatures + actions.config_files(declared, name),
         "targets": targets,
-        "uptodate": [keys.UpToDate(declared.root, lambda: actions.config_parts(model), targets)],
+        "uptodate": [keys.UpToDate(declared.root, lambda: actions.config_parts(declared, name), targets)],
         "clean": [(actions.remove, [targets])],
     }
 
