@@ -75,6 +75,20 @@ def test_a_file_is_copied_and_its_source_left_alone(tmp_path: Path) -> None:
     assert not copy.samefile(source)
 
 
+def test_a_result_that_nobody_may_write_is_linked_and_survives_being_replaced(tmp_path: Path) -> None:
+    source = tmp_path / "stored.pt"
+    source.write_bytes(b"stored")
+    source.chmod(0o444)
+    target = tmp_path / "models/pnet/1/model.pt"
+    for _ in range(2):
+        repository.publish(tmp_path, "pnet", {"model.pt": source}, version=1)
+        assert target.samefile(source)
+    repository.publish(tmp_path, "pnet", {"model.pt": b"another"}, version=1)
+    assert (source.read_bytes(), target.read_bytes()) == (b"stored", b"another")
+    repository.prune(tmp_path, {})
+    assert source.exists()
+
+
 def test_publishing_again_replaces_its_part_and_no_other(tmp_path: Path) -> None:
     publish_pnet(tmp_path)
     repository.publish(tmp_path, "pnet", {"model.pt": b"new"}, version=2)

@@ -183,8 +183,6 @@ def _claim(root: Path, model: str) -> set[str]:
             f'move it away, or give the model "{model}" of pipeline.yaml another name',
         )
     folder.mkdir(parents=True, exist_ok=True)
-    if not _is_ours(folder):
-        _write_marker(folder, set())
     return _listed(folder)
 
 
@@ -307,28 +305,26 @@ def _same(target: Path, source: Path | bytes) -> bool:
 
 def _write(path: Path, source: Path | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(source, bytes):
-        path.write_bytes(source)
-    elif source.stat().st_mode & 0o222:
-        shutil.copyfile(source, path)
-    else:
+    if isinstance(source, Path) and not source.stat().st_mode & 0o222:
         # A result of the store, which nobody may write: one file on the disk, not two.
         link(source, path)
-    _to_disk(path)
-
-
-def _rename(new: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new.replace(target)
-    _to_disk(target.parent)
-
-
-def _to_disk(path: Path) -> None:
+        return
+    if isinstance(source, bytes):
+        path.write_bytes(source)
+    else:
+        shutil.copyfile(source, path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _rename(new: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The folder is not brought to disk: after a power cut it holds the old file or the new one, whole, and a task
+    # whose target is not what it wrote runs again.
+    new.replace(target)
 
 
 @contextmanager
