@@ -98,7 +98,8 @@ class _Writer:
     """
 
     _TIME = struct.pack("<HH", 0, 1 << 5 | 1)  # 1980-01-01 00:00
-    _LIMIT = 0xFFFFFFFF
+    _ELSEWHERE = 0xFFFFFFFF  # a field that does not fit into 32 bits: it is in the zip64 part
+    large = 0xFFFFFFFF
 
     def __init__(self, target: BinaryIO) -> None:
         self._target = target
@@ -108,14 +109,15 @@ class _Writer:
         """Copy `size` bytes from where `content` stands."""
         path = f"{_ROOT}/{name}".encode()
         offset = self._target.tell()
-        large = struct.pack("<HHQQ", 1, 16, size, size) if size >= self._LIMIT else b""
+        large = struct.pack("<HHQQ", 1, 16, size, size) if size >= self.large else b""
         padding = b""
         if size and name.startswith(_TENSORS):
             length = -(offset + 30 + len(path) + len(large) + 4) % _ALIGNMENT
             padding = struct.pack("<HH", _PADDING_ID, length) + b"\0" * length
-        short = min(size, self._LIMIT)
+        short = self._ELSEWHERE if large else size
         fields = struct.pack("<HH", 0, 0) + self._TIME + struct.pack("<LLL", checksum, short, short)
-        version = struct.pack("<H", 45 if large or offset >= self._LIMIT else 20)
+        far = offset >= self.large
+        version = struct.pack("<H", 45 if large or far else 20)
         extra = large + padding
         self._target.write(b"PK\3\4" + version + fields + struct.pack("<HH", len(path), len(extra)) + path + extra)
         left = size
@@ -126,23 +128,24 @@ class _Writer:
             self._target.write(chunk)
             left -= len(chunk)
         sizes = [size, size] if large else []
-        sizes += [offset] if offset >= self._LIMIT else []
+        sizes += [offset] if far else []
         extra = struct.pack(f"<HH{len(sizes)}Q", 1, 8 * len(sizes), *sizes) if sizes else b""
-        tail = struct.pack("<HHHHHLL", len(path), len(extra), 0, 0, 0, 0, min(offset, self._LIMIT))
+        tail = struct.pack("<HHHHHLL", len(path), len(extra), 0, 0, 0, 0, self._ELSEWHERE if far else offset)
         self._directory.append(b"PK\1\2" + version + version + fields + tail + path + extra)
 
     def finish(self) -> None:
         """Write the directory of all entries."""
         offset, directory, count = self._target.tell(), b"".join(self._directory), len(self._directory)
         self._target.write(directory)
-        if offset >= self._LIMIT or count >= 0xFFFF:
+        far = offset >= self.large
+        if far or count >= 0xFFFF:
             end = self._target.tell()
             self._target.write(
                 b"PK\6\6" + struct.pack("<QHHLLQQQQ", 44, 45, 45, 0, 0, count, count, len(directory), offset)
             )
             self._target.write(b"PK\6\7" + struct.pack("<LQL", 0, end, 1))
         counts = [min(count, 0xFFFF)] * 2
-        sizes = [min(len(directory), self._LIMIT), min(offset, self._LIMIT)]
+        sizes = [len(directory), self._ELSEWHERE if far else offset]
         self._target.write(b"PK\5\6" + struct.pack("<HHHHLLH", 0, 0, *counts, *sizes, 0))
 
 

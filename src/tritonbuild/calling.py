@@ -39,7 +39,7 @@ def styles(module: nn.Module, version: ModelVersion) -> tuple[Style, ...]:
     """
     where = f"trace {version.label}"
     owner = type(module).__name__
-    if type(module).forward is nn.Module.forward:
+    if getattr(module.forward, "__func__", None) is nn.Module.forward:
         raise TraceError(where, f"{owner} has no forward", "define forward(self, ...) on the module that is served")
     call = _Forward(where, module)
     names = list(version.inputs)
@@ -67,7 +67,8 @@ class _Forward:
         self.any_number = any(p.kind is kinds.VAR_POSITIONAL for p in parameters)
         self.any_name = any(p.kind is kinds.VAR_KEYWORD for p in parameters)
         self.required = [p for p in [*self.positional, *self.keywords] if p.default is _EMPTY]
-        self.shown = f"{self._owner}.forward({', '.join(_shown(p) for p in parameters)})"
+        plain = [parameter.replace(annotation=_EMPTY) for parameter in parameters]
+        self.shown = f"{self._owner}.forward{inspect.Signature(plain)}"
 
     def sole_container(self, names: list[str]) -> Style | None:
         """Return the kind of container that takes all inputs, where it is the only argument that must be given."""
@@ -206,10 +207,3 @@ def _never_a_tensor(kind: Any) -> bool:
 
 def _hint(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
-
-
-def _shown(parameter: inspect.Parameter) -> str:
-    mark = "*" if parameter.kind is parameter.VAR_POSITIONAL else ""
-    mark = "**" if parameter.kind is parameter.VAR_KEYWORD else mark
-    default = "" if parameter.default is _EMPTY else f"={parameter.default!r}"
-    return f"{mark}{parameter.name}{default}"

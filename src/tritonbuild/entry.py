@@ -72,7 +72,9 @@ class Builder:
         if self._weights is not None:
             weights.load(module, self._weights, self.version)
         try:
-            module = module.eval().to(self.device).requires_grad_(False)
+            module = module.eval().to(self.device)
+            for parameter in module.parameters():
+                parameter.requires_grad_(False)
         except Exception as error:
             raise self.raised(f"moving the model to {self.device}", error) from error
         if self.interface is None:

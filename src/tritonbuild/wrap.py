@@ -30,19 +30,12 @@ if TYPE_CHECKING:
 
     from tritonbuild.spec import ModelVersion
 
-# Names that TorchScript's serialization changes, or that hide a name its own code needs.
-_RESERVED = {
-    "self",
-    "torch",
-    "ops",
-    "_",
-    "CONSTANTS",
-    "inf",
-    "nan",
-    "fork",
-    "annotate",
-    "uninitialized",
-}
+# Names that TorchScript's serialization changes, or that hide a name which the saved code needs.
+_RESERVED = frozenset(
+    {"self", "torch", "ops", "aten", "_", "__torch__", "CONSTANTS", "NoneType", "Ellipsis", "inf", "nan"}
+    | {"int", "float", "bool", "complex", "str", "print", "isinstance", "getattr", "fork", "annotate"}
+    | {"uninitialized", "unchecked_cast"}
+)
 
 Style = Literal["names", "order", "list", "tuple", "dict"]
 
