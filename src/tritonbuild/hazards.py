@@ -49,7 +49,7 @@ HAZARDS: dict[str, Meaning] = {
     ),
     "frozen-tensor": Meaning(
         "a tensor that depends on the call (mask, positions, cache, copy of an input) is a constant in the trace",
-        "compute it in forward with torch operations on the inputs, for the largest size and then sliced if it is costly",
+        "compute it in forward with torch operations on the inputs, for every call anew",
     ),
     "frozen-device": Meaning(
         "the trace names a device that the server will not have",

@@ -1,0 +1,177 @@
+"""Decides whether outputs can be served at all: one rank and dtype each, batch in front, rows that do not mix.
+
+Triton's batcher puts the rows of several requests into one batch and cuts every output along axis 0 by the number of
+rows of each. An output that has something else there is cut all the same, without a word; a model that mixes rows
+answers one client with the data of another.
+
+Source: the PyTorch backend's handling of outputs, measured on it; DESIGN section 6.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tritonbuild import cases, compare, hazards
+from tritonbuild.draws import PLAIN
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tritonbuild.cases import Case
+    from tritonbuild.hazards import Hazard
+    from tritonbuild.reference import Reference
+
+_ROWS = 3
+"""Rows of one batch that are compared with the row alone."""
+
+CHAOS = 64.0
+"""A row may move this many times as far as it moves when its inputs are changed in the last bits."""
+
+
+def structure(
+    reference: Reference, answers: Sequence[tuple[Case, tuple[Tensor, ...]]], names: Sequence[str]
+) -> Iterator[Hazard]:
+    """Yield what keeps Triton from carrying the outputs: their number, ranks, dtypes, and axis 0."""
+    first, expected = answers[0]
+    for case, outputs in answers[1:]:
+        if len(outputs) != len(expected):
+            yield hazards.found(
+                "outputs-change",
+                f"{len(outputs)} outputs, {len(expected)} for case {first}",
+                case=str(case),
+            )
+            return
+    wrong: set[str] = set()
+    for i, name in enumerate(names):
+        for case, outputs in answers:
+            output = outputs[i]
+            if output.dim() != expected[i].dim():
+                wrong.add(name)
+                yield hazards.found(
+                    "rank-changes",
+                    f"output {name} has shape {list(output.shape)}, {list(expected[i].shape)} for case {first}",
+                    case=str(case),
+                )
+                break
+        for case, outputs in answers:
+            if outputs[i].dtype != expected[i].dtype:
+                yield hazards.found(
+                    "dtype-changes",
+                    f"output {name} is {outputs[i].dtype}, {expected[i].dtype} for case {first}",
+                    case=str(case),
+                )
+                break
+    if not reference.version.max_batch_size:
+        scalars = [name for name, output in zip(names, expected, strict=True) if not output.dim()]
+        for name in scalars:
+            yield hazards.found("scalar-output", f"output {name} has no axis", case=str(first))
+        return
+    for i, name in enumerate(names):
+        if name in wrong:
+            continue
+        for case, outputs in answers:
+            batch = case.sizes["batch"]
+            if not outputs[i].dim():
+                yield hazards.found("scalar-output", f"output {name} has no axis", case=str(case))
+                break
+            if outputs[i].shape[0] != batch:
+                yield hazards.found(
+                    "batch-not-first",
+                    f"output {name} has shape {list(outputs[i].shape)}, expected axis 0 to be the batch, {batch}",
+                    case=str(case),
+                )
+                break
+
+
+def rows(reference: Reference, names: Sequence[str]) -> Iterator[Hazard]:
+    """Yield an output whose row depends on the rest of its batch, or on the size of the batch.
+
+    A row is compared with itself beside other rows (the same kernels run, so that nothing but mixing explains a
+    difference) and with itself alone (other kernels run: rounding is told from mixing by how far the row moves when
+    its inputs move in their last bits).
+    """
+    axis = reference.version.all_axes["batch"]
+    example = cases.example_sizes(reference.version)
+    batches = [size for size in dict.fromkeys((2, 3, axis.max)) if size in cases.all_sizes(axis) and size > 1]
+    for turn, batch in enumerate(batches):
+        if turn == 2 and not reference.cheap({**example, "batch": batch}):
+            continue
+        case = cases.case({**example, "batch": batch}, PLAIN, 500 + turn)
+        inputs = reference.inputs(case)
+        whole = reference.attempt(reference.usable(), inputs)
+        if not isinstance(whole, tuple):
+            continue
+        others = reference.inputs(cases.case(case.sizes, PLAIN, 600 + turn))
+        for row in sorted({0, batch // 2, batch - 1}):
+            beside = [_with_row(other, tensor, row) for other, tensor in zip(others, inputs, strict=True)]
+            alone = [tensor[row : row + 1].contiguous() for tensor in inputs]
+            for text, found, at in (
+                ("beside other rows", reference.attempt(reference.usable(), beside), row),
+                ("alone", reference.attempt(reference.usable(), alone), 0),
+            ):
+                if not isinstance(found, tuple):
+                    continue
+                hazard = _compared(reference, names, case, row, text, (whole, found, at))
+                if hazard:
+                    yield hazard
+                    return
+
+
+def _compared(
+    reference: Reference,
+    names: Sequence[str],
+    case: Case,
+    row: int,
+    text: str,
+    answers: tuple[tuple[Tensor, ...], tuple[Tensor, ...], int],
+) -> Hazard | None:
+    whole, found, at = answers
+    moved: list[float] | None = None
+    for i, name in enumerate(names):
+        expected, got = whole[i][row : row + 1], found[i][at : at + 1]
+        difference = compare.difference(expected, got, reference.tolerance)
+        if difference is None:
+            continue
+        if difference.kind == "values":
+            moved = moved or sensitivity(reference, [x[row : row + 1].contiguous() for x in reference.inputs(case)])
+            if moved and compare.largest_error(expected, got) <= CHAOS * moved[i]:
+                reference.note(f"output {name} is sensitive to rounding: {difference.text} for row {row} {text}")
+                continue
+        return hazards.found(
+            "rows-mixed",
+            f"output {name}: row {row} differs when it is run {text}: {difference.text}",
+            case=str(case),
+        )
+    return None
+
+
+def sensitivity(reference: Reference, inputs: Sequence[Tensor]) -> list[float] | None:
+    """Return how far each output moves when the float inputs move in their last bits; None if there are none."""
+    plain = reference.attempt(reference.usable(), inputs)
+    if not isinstance(plain, tuple) or not any(tensor.is_floating_point() for tensor in inputs):
+        return None
+    largest = [0.0] * len(plain)
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        nudged = [_nudged(tensor, generator) if tensor.is_floating_point() else tensor for tensor in inputs]
+        found = reference.attempt(reference.usable(), nudged)
+        if isinstance(found, tuple) and len(found) == len(plain):
+            largest = [
+                max(error, compare.largest_error(one, two))
+                for error, one, two in zip(largest, plain, found, strict=True)
+            ]
+    return largest
+
+
+def _nudged(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    sign = torch.randint(0, 2, tensor.shape, generator=generator).mul(2).sub(1).to(tensor.device, tensor.dtype)
+    return tensor + tensor * sign * (2 * torch.finfo(tensor.dtype).eps)
+
+
+def _with_row(others: Tensor, tensor: Tensor, row: int) -> Tensor:
+    mixed = others.clone()
+    mixed[row] = tensor[row]
+    return mixed

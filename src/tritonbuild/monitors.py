@@ -1,0 +1,319 @@
+"""Decides what is watched while eager runs: what leaves torch for Python, which way Python's code goes.
+
+A monitor accuses nobody. It says where to look: which numbers to try, which line to name, whether random numbers or
+chance are worth a closer test. Hides torch's function mode, Python's tracing, and which files are the user's own.
+
+Source: torch.overrides (TorchFunctionMode), sys.settrace with opcode events, the DESIGN's table of detectors.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+import sysconfig
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from types import CodeType, FrameType
+
+_STEPS = 200_000
+"""Instructions of one call that are remembered; longer loops are compared up to here."""
+
+_BOOLS = frozenset({"__bool__", "equal", "allclose", "is_nonzero", "__contains__"})
+_NUMBERS = frozenset({"__int__", "__float__", "__index__", "__complex__", "item", "tolist"})
+_ARRAYS = frozenset({"numpy", "__array__", "__dlpack__", "storage", "untyped_storage", "_typed_storage"})
+_TEXTS = frozenset({"__repr__", "__str__", "__format__"})
+_ESCAPES = _BOOLS | _NUMBERS | _ARRAYS | _TEXTS
+
+_COMPARISONS = frozenset(
+    {"gt", "lt", "ge", "le", "eq", "ne", "__gt__", "__lt__", "__ge__", "__le__", "__eq__", "__ne__"}
+    | {"greater", "less", "greater_equal", "less_equal", "not_equal", "isclose", "clamp", "__contains__"}
+)
+_RANDOM = frozenset(
+    {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial"}
+    | {"normal", "poisson", "normal_", "uniform_", "random_", "bernoulli_", "exponential_", "cauchy_", "geometric_"}
+    | {"log_normal_", "rrelu", "gumbel_softmax", "fractional_max_pool2d", "fractional_max_pool3d"}
+)
+_DROPOUT = frozenset(
+    {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
+    | {"alpha_dropout_", "feature_dropout", "feature_dropout_", "feature_alpha_dropout_"}
+)
+_UNFILLED = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "resize_"})
+_DEEP = frozenset(
+    {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "matmul"}
+    | {"bmm", "mm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "bilinear", "__matmul__", "lstm"}
+    | {"gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "multi_head_attention_forward", "tensordot", "mv", "dot"}
+    | {"_transformer_encoder_layer_fwd", "_native_multi_head_attention", "cumsum", "cumprod", "conv_tbc"}
+)
+
+_OURS = str(Path(__file__).parent)
+_FOREIGN = tuple(
+    str(path)
+    for path in (
+        Path(torch.__file__).parent,
+        Path(numpy.__file__).parent,
+        Path(sysconfig.get_path("stdlib")),
+        _OURS,
+    )
+)
+_SITE = tuple(str(Path(sysconfig.get_path(name))) for name in ("purelib", "platlib"))
+
+
+@functools.lru_cache(maxsize=4096)
+def first_party(filename: str) -> bool:
+    """Return whether a file holds model code: not torch's, numpy's, Python's or ours."""
+    if filename.startswith("<"):  # generated code: dataclasses, named tuples, torch.fx
+        return False
+    if filename.startswith(_FOREIGN):
+        # site-packages lies inside the standard library's folder; a model library there is model code.
+        inside = filename.startswith(_SITE) and not filename.startswith(_FOREIGN[:2])
+        return inside and not filename.startswith(_OURS)
+    return True
+
+
+@dataclass(frozen=True)
+class Site:
+    """A line of model code."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        """Return `src/zoo/text.py:12`, relative to the working folder where that is shorter."""
+        try:
+            shown = str(Path(self.file).relative_to(Path.cwd()))
+        except ValueError:
+            shown = self.file
+        return f"{shown}:{self.line}"
+
+
+def here() -> Site | None:
+    """Return the innermost line of model code that is being run."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if first_party(frame.f_code.co_filename):
+            return Site(frame.f_code.co_filename, frame.f_lineno)
+        frame = frame.f_back
+    return None
+
+
+@dataclass(frozen=True)
+class Escape:
+    """A value that left torch for Python.
+
+    Attributes:
+        kind: `bool`, `number`, `array` or `text`.
+        name: What was called: `__bool__`, `item`, `numpy`.
+        value: The Python value of a bool or a number, else None.
+        site: Where.
+    """
+
+    kind: str
+    name: str
+    value: Any
+    site: Site | None
+
+
+@dataclass
+class Observation:
+    """What one eager call did.
+
+    Attributes:
+        escapes: Values that left torch, in order.
+        steps: Instructions of model code, in order, as (code, offset).
+        numbers: Numbers that the executed model code holds or compares tensors with.
+        random: Calls that draw random numbers, name and line.
+        dropout: Calls of dropout, name and line.
+        unfilled: Calls that return uninitialised memory, name and line.
+        clocks: Calls of the time module, name and line.
+        in_place: Lines that changed an input, input's index and line.
+        dtype: Coarsest floating dtype of all results.
+        depth: Matrix products and convolutions.
+        bytes: Size of all results together.
+    """
+
+    escapes: list[Escape] = field(default_factory=list)
+    steps: deque[tuple[CodeType, int]] = field(default_factory=lambda: deque(maxlen=_STEPS))
+    numbers: set[float] = field(default_factory=set)
+    random: list[tuple[str, Site | None]] = field(default_factory=list)
+    dropout: list[tuple[str, Site | None]] = field(default_factory=list)
+    unfilled: list[tuple[str, Site | None]] = field(default_factory=list)
+    clocks: list[tuple[str, Site | None]] = field(default_factory=list)
+    in_place: list[tuple[int, Site | None]] = field(default_factory=list)
+    dtype: torch.dtype | None = None
+    depth: int = 0
+    bytes: int = 0
+
+    def path(self) -> int:
+        """Return a digest of the way that Python's code went: its jumps, and the bools that left torch."""
+        bools = tuple(escape.value for escape in self.escapes if escape.kind == "bool")
+        return hash((tuple(self.steps), bools))
+
+
+def called_random(seen: Observation) -> list[tuple[str, Site | None]]:
+    """Return the calls whose results are a matter of chance."""
+    return [*seen.random, *seen.dropout, *seen.unfilled, *seen.clocks]
+
+
+class _Watch(TorchFunctionMode):
+    """Sees every call of torch from Python; calls inside TorchScript and inside the operators are not Python's."""
+
+    def __init__(self, seen: Observation, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.seen = seen
+        self.inputs = inputs
+        self.versions = [tensor._version for tensor in inputs]
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # shape, dtype, device, ...: nothing of the values
+            return result
+        seen = self.seen
+        if name in _ESCAPES:
+            self._escaped(name, result)
+        elif name in _DEEP:
+            seen.depth += 1
+        elif name in _RANDOM:
+            seen.random.append((name, here()))
+        elif name in _DROPOUT:
+            seen.dropout.append((name, here()))
+        elif name in _UNFILLED:
+            seen.unfilled.append((name, here()))
+        if name in _COMPARISONS:
+            self._compared(args)
+        if name.endswith("_") or "out" in (kwargs or {}) or name.startswith("__i"):
+            self._changed()
+        if isinstance(result, Tensor):
+            self._coarser(result.dtype)
+            seen.bytes += result.nbytes
+        return result
+
+    def _escaped(self, name: str, result: Any) -> None:
+        kind = "bool" if name in _BOOLS else "number" if name in _NUMBERS else "array" if name in _ARRAYS else "text"
+        value = result if kind == "bool" or isinstance(result, (bool, int, float)) else None
+        self.seen.escapes.append(Escape(kind, name, value, here()))
+
+    def _compared(self, args: Sequence[Any]) -> None:
+        for arg in args:
+            if isinstance(arg, (int, float)):
+                self.seen.numbers.add(arg)
+            elif isinstance(arg, Tensor) and arg.dim() == 0 and not arg.is_complex() and not arg.is_meta:
+                with torch._C.DisableTorchFunction():
+                    self.seen.numbers.add(arg.item())
+
+    def _changed(self) -> None:
+        for i, tensor in enumerate(self.inputs):
+            if tensor._version != self.versions[i]:
+                self.versions[i] = tensor._version
+                self.seen.in_place.append((i, here()))
+
+    def _coarser(self, dtype: torch.dtype) -> None:
+        seen = self.seen
+        if dtype.is_floating_point and (not seen.dtype or torch.finfo(dtype).eps > torch.finfo(seen.dtype).eps):
+            seen.dtype = dtype
+
+
+class _Steps:
+    """Remembers the instructions of model code that are run, and the calls of the clock."""
+
+    def __init__(self, seen: Observation) -> None:
+        self.seen = seen
+        self.codes: set[CodeType] = set()
+
+    def __enter__(self) -> None:
+        self.before = sys.gettrace()
+        self.profiled = sys.getprofile() is not None  # somebody measures us: leave that alone
+        sys.settrace(self._call)
+        if not self.profiled:
+            sys.setprofile(self._profile)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.before)
+        if not self.profiled:
+            sys.setprofile(None)
+        for code in self.codes:
+            self.seen.numbers.update(_numbers(code.co_consts))
+
+    def _call(self, frame: FrameType, _event: str, _arg: Any) -> Any:
+        if not first_party(frame.f_code.co_filename):
+            return None
+        self.codes.add(frame.f_code)
+        frame.f_trace_opcodes = True
+        frame.f_trace_lines = False
+        return self._opcode
+
+    def _opcode(self, frame: FrameType, event: str, _arg: Any) -> Any:
+        if event == "opcode":
+            self.seen.steps.append((frame.f_code, frame.f_lasti))
+        return self._opcode
+
+    def _profile(self, _frame: FrameType, event: str, arg: Any) -> None:
+        if event == "c_call" and getattr(arg, "__module__", None) == "time":
+            self.seen.clocks.append((arg.__name__, here()))
+
+
+def _numbers(constants: Iterable[Any]) -> set[float]:
+    found: set[float] = set()
+    for constant in constants:
+        if isinstance(constant, (tuple, frozenset)):
+            found |= _numbers(constant)
+        elif isinstance(constant, (int, float)) and not isinstance(constant, bool):
+            found.add(constant)
+    return found
+
+
+def observe(module: nn.Module, inputs: Sequence[Tensor], run: Callable[[], Any]) -> Observation:
+    """Run `run`, which calls the module with the inputs, and return what it did.
+
+    The answer of a watched call is not eager's: torch leaves its fast paths when it is watched.
+    """
+    seen = Observation()
+    with _Watch(seen, inputs), _Steps(seen):
+        run()
+    for part in module.modules():
+        if first_party(getattr(sys.modules.get(type(part).__module__), "__file__", "") or ""):
+            seen.numbers |= _numbers(vars(part).values())
+    return seen
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Where two calls went different ways."""
+
+    kind: str
+    """`branch` or `loop`."""
+    site: Site
+
+
+def fork(one: Observation, two: Observation) -> Fork | None:
+    """Return the first line at which model code went different ways in two calls, or None."""
+    last = None
+    for step, other in zip(one.steps, two.steps, strict=False):
+        if step != other:
+            break
+        last = step
+    else:
+        if len(one.steps) == len(two.steps):
+            return None
+    if last is None:
+        return None
+    code, offset = last
+    starts = [line for start, line in dis.findlinestarts(code) if start <= offset and line is not None]
+    site = Site(code.co_filename, starts[-1] if starts else code.co_firstlineno)
+    jump = next((step for step in dis.get_instructions(code) if step.offset == offset), None)
+    backward = jump is not None and "JUMP" in jump.opname and isinstance(jump.argval, int) and jump.argval <= offset
+    again = backward or (jump is not None and jump.opname == "FOR_ITER")
+    return Fork("loop" if again else "branch", site)

@@ -1,0 +1,338 @@
+"""Decides what eager answers: the truth of every case, and the hazards that the model has before any TorchScript.
+
+Hides fresh copies, seeds and settings of torch, and what is remembered between candidates. A model that leaves nothing
+behind is called again and again; one that does is called on a fresh copy for every case, so that the truth does not
+depend on the order of the cases. What is wrong with the model itself is found here, by running it: chance
+(`chance`), memory of earlier calls (`history`), changed inputs, rows that are mixed (`batching`).
+
+Source: docs/hazards.md, "What is run".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tritonbuild import batching, calls, cases, chance, compare, draws, hazards, history, memory, monitors
+from tritonbuild.calls import Answer, Failure
+from tritonbuild.errors import BuildError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from tritonbuild.cases import Case
+    from tritonbuild.compare import Tolerance
+    from tritonbuild.hazards import Hazard
+    from tritonbuild.monitors import Observation
+    from tritonbuild.spec import ModelVersion
+
+_REMEMBERED_BYTES = 2**30
+_EXTRA_S = 0.25
+"""Seconds for planned cases beyond the kept ones; a model whose kept cases take longer gets half of theirs."""
+
+_CHANCE_S = 0.3
+
+
+class Reference:
+    """Eager, on every case of one model version; shared by all candidates.
+
+    Args:
+        version: The declaration.
+        build: Returns a fresh eager module behind its interface, on the device.
+        device: A torch device.
+        root: The project's folder.
+
+    Raises:
+        TraceError: The example data cannot be read.
+    """
+
+    def __init__(
+        self, version: ModelVersion, build: Callable[[], nn.Module], device: str | torch.device, root: Path
+    ) -> None:
+        self.version = version
+        self.device = str(device)
+        self.build = build
+        self.source = draws.Source(version, root)
+        self.planned = cases.plan(version)
+        self.notes: list[str] = []
+        self.forward_s = 0.0
+        self._answers: dict[Case, Answer] = {}
+        self._bytes = 0
+        self._mutated: Hazard | None = None
+        self._touched: list[str] = []
+
+    # ------------------------------------------------------------------------------------------------ running eager
+
+    def inputs(self, case: Case) -> tuple[Tensor, ...]:
+        """Return the inputs of a case, drawn anew: nothing that a call does to them stays."""
+        return self.source.draw(case.sizes, case.draw, case.seed, self.device)
+
+    def fresh(self) -> nn.Module:
+        """Return a module that has never run."""
+        pristine = self._pristine
+        if self._build_s > 0.05:  # building is always right; copying is for entry points that read large weights
+            with contextlib.suppress(Exception):
+                return copy.deepcopy(pristine)
+        return self.build()
+
+    @cached_property
+    def _pristine(self) -> nn.Module:
+        started = time.perf_counter()
+        module = self.build()
+        self._build_s = time.perf_counter() - started
+        return module
+
+    @cached_property
+    def _used(self) -> nn.Module:
+        return self.fresh()
+
+    def usable(self) -> nn.Module:
+        """Return a module to call: the one that has been called before, unless calls leave something behind."""
+        return self.fresh() if self._touched else self._used
+
+    def attempt(self, module: nn.Module, inputs: Sequence[Tensor]) -> Answer:
+        """Call eager once; return what it raises instead of raising it."""
+        try:
+            return calls.eager(module, inputs, self.device)
+        except Exception as error:  # noqa: BLE001 (the model's code may raise anything)
+            return calls.failure(error)
+
+    def answer(self, case: Case) -> Answer:
+        """Return eager's outputs for the case, computed once."""
+        if case in self._answers:
+            return self._answers[case]
+        inputs = self.inputs(case)
+        unchanged = calls.Unchanged(inputs)
+        found = self.attempt(self.usable(), inputs)
+        which = unchanged.broken(inputs)
+        if which is not None and self._mutated is None:
+            self._mutated = self._mutation(case, which)
+        size = 0 if isinstance(found, Failure) else sum(x.numel() * x.element_size() for x in found)
+        if self._bytes + size <= _REMEMBERED_BYTES:
+            self._bytes += size
+            self._answers[case] = found
+        return found
+
+    def outputs(self, case: Case) -> tuple[Tensor, ...] | None:
+        """Return eager's outputs for the case, or None where eager raises."""
+        found = self.answer(case)
+        return None if isinstance(found, Failure) else found
+
+    def same(self, one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
+        """Return whether two results of eager are equal but for rounding."""
+        return len(one) == len(two) and not any(
+            compare.difference(a, b, self.tolerance) for a, b in zip(one, two, strict=True)
+        )
+
+    def note(self, text: str) -> None:
+        """Remember a line for proof.json that fails nothing."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    # ------------------------------------------------------------------------------------------- what is known of it
+
+    @cached_property
+    def example(self) -> tuple[Tensor, ...]:
+        """Eager's outputs for the example.
+
+        Raises:
+            Exception: Whatever the model raises for its own example.
+        """
+        case = self.planned[0]
+        first = self._used
+        before = memory.state(first)
+        memory.seed_all(calls.SEED)
+        chance_before = memory.random_state()
+        inputs = self.inputs(case)
+        unchanged = calls.Unchanged(inputs)
+        outputs = calls.eager(first, inputs, self.device)
+        self._drew = memory.random_state() != chance_before
+        self._state = memory.state(first)
+        self._touched = memory.changed(before, self._state)
+        which = unchanged.broken(inputs)
+        self._mutated = None if which is None else self._mutation(case, which)
+        started = time.perf_counter()
+        self.attempt(self.usable(), self.inputs(case))
+        self.forward_s = time.perf_counter() - started
+        self._answers[case] = outputs
+        return outputs
+
+    @cached_property
+    def seen(self) -> Observation:
+        """What the example's call did, watched, on a copy of its own."""
+        return self.observe(self.planned[0])
+
+    def observe(self, case: Case) -> Observation:
+        """Return what eager does on a case; what it raises is not of interest here."""
+        module, inputs = self.fresh() if self._touched else self._used, self.inputs(case)
+        return monitors.observe(module, inputs, lambda: self.attempt(module, inputs))
+
+    @cached_property
+    def tolerance(self) -> Tolerance:
+        """How far outputs may be apart: from the coarsest dtype and the depth of the example's call, or as declared."""
+        trace = self.version.trace
+        kinds = [getattr(torch, declared.dtype) for declared in self.version.inputs.values()]
+        kinds += [p.dtype for p in self._pristine.parameters()] + [self.seen.dtype or torch.float64]
+        floats = [kind for kind in kinds if kind.is_floating_point]
+        coarsest = max(floats, key=lambda kind: torch.finfo(kind).eps)
+        return compare.tolerance(coarsest, self.seen.depth, trace.rtol, trace.atol)
+
+    @cached_property
+    def output_names(self) -> tuple[str, ...]:
+        """The names that the interface has bound; without one, the declared names, or Triton's by order."""
+        count = len(self.example)
+        if len(self.sources) == count:
+            return tuple(self.sources)
+        declared = self.version.outputs
+        return declared if len(declared) == count else tuple(f"OUTPUT__{i}" for i in range(count))
+
+    @cached_property
+    def sources(self) -> dict[str, str]:
+        """Output name -> path in the model's own result; empty for a module without an interface."""
+        _ = self.example
+        return dict(getattr(getattr(self._used, "interface", None), "sources", ()))
+
+    def cheap(self, sizes: Mapping[str, int], limit_s: float = 0.1) -> bool:
+        """Return whether a call at these sizes is expected to be quick and to fit into memory."""
+        return self._expected_s(sizes) < limit_s and self._fits(sizes)
+
+    def _elements(self, sizes: Mapping[str, int]) -> float:
+        shapes = [declared.shape for declared in self.version.inputs.values()]
+        return sum(math.prod(sizes[s] if isinstance(s, str) else s for s in shape) for shape in shapes)
+
+    def _expected_s(self, sizes: Mapping[str, int]) -> float:
+        return self.forward_s * self._elements(sizes) / self._elements(self.planned[0].sizes)
+
+    def _fits(self, sizes: Mapping[str, int]) -> bool:
+        example = self.planned[0].sizes
+        # Attention grows with the square of a length: allow for the longest axis twice.
+        longest = max((sizes[name] / example[name] for name in example if name != "batch"), default=1.0)
+        wanted = self.seen.bytes * self._elements(sizes) / self._elements(example) * max(longest, 1.0)
+        return wanted < calls.available_bytes(self.device)
+
+    # ---------------------------------------------------------------------------------------- the model's own hazards
+
+    @cached_property
+    def cases(self) -> list[Case]:
+        """The cases that eager answers, in planned order; a candidate is proved on these."""
+        self.hazards_of_eager  # noqa: B018 (runs them)
+        return self._ran
+
+    @cached_property
+    def hazards_of_eager(self) -> list[Hazard]:
+        """The hazards that the model has without any TorchScript.
+
+        Raises:
+            BuildError: The model cannot be called, or returns what cannot be served.
+        """
+        self._ran: list[Case] = []
+        first = self.planned[0]
+        try:
+            _ = self.example
+        except BuildError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            return [hazards.found("eager-fails", calls.failure(error).text, case=str(first))]
+        found = list(self._repeated())
+        fails = self._sweep()
+        late = [] if self._touched else memory.changed(self._state, memory.state(self._used))
+        if late:  # only some cases leave something behind: the answers so far may depend on it
+            self._touched = late
+            self._answers.clear()
+            self._bytes = 0
+            found += [hazard for hazard in [history.reaches(self, late)] if hazard]
+            fails = self._sweep()
+        found += [fails] if fails else []
+        answers = [(case, outputs) for case in self._ran if (outputs := self.outputs(case)) is not None]
+        found += batching.structure(self, answers, self.output_names)
+        structural = {"outputs-change", "rank-changes", "batch-not-first", "scalar-output", "eager-fails"}
+        if self.version.max_batch_size and not structural & {hazard.hazard for hazard in found}:
+            found += batching.rows(self, self.output_names)
+        if self._mutated:
+            found.append(self._mutated)
+        return found
+
+    def _repeated(self) -> Iterator[Hazard]:
+        """Yield what differs from call to call."""
+        case = self.planned[0]
+        if self._touched:
+            hazard = history.reaches(self, self._touched)
+            if hazard:
+                yield hazard
+                return
+        again = [self.attempt(self.usable(), self.inputs(case)) for _ in range(2)]
+        steady = all(isinstance(answer, tuple) and self.same(self.example, answer) for answer in again)
+        random = monitors.called_random(self.seen)
+        where = str(random[0][1]) if random and random[0][1] else ""
+        training = "training-mode" if self.seen.dropout and not self.seen.random else "nondeterministic"
+        if not steady:
+            yield hazards.found(
+                training, "a second call with the same inputs and seed differs", case=str(case), where=where
+            )
+            return
+
+        inputs = self.inputs(case)  # before chance is steered: drawing them is a matter of chance, too
+
+        def run(seed: int) -> tuple[Tensor, ...]:
+            return calls.eager(self.usable(), [tensor.clone() for tensor in inputs], self.device, seed)
+
+        if self._drew or self.seen.random or self.seen.unfilled:
+            detail = chance.reaches(run, self.same, _CHANCE_S)
+            if detail:
+                yield hazards.found(training, detail, case=str(case), where=where)
+                return
+        if self.seen.clocks:
+            detail = chance.clock_reaches(run, self.same)
+            if detail:
+                yield hazards.found("nondeterministic", detail, case=str(case), where=where)
+
+    def _sweep(self) -> Hazard | None:
+        """Run eager on the planned cases; return the first declared input for which it raises."""
+        kept = self.version.trace.cases
+        started = time.perf_counter()
+        limit_s = math.inf
+        fails: Hazard | None = None
+        self._ran = []
+        for i, case in enumerate(self.planned):
+            spent = time.perf_counter() - started
+            if i == kept:
+                limit_s = min(self.version.trace.budget_s, max(_EXTRA_S, spent / 2)) + spent
+            if i >= kept and spent > limit_s:
+                self.note(f"time ended the planned cases after {i} of {len(self.planned)}")
+                break
+            if not self._fits(case.sizes):
+                self.note(f"case {case} was left out: it may not fit into memory")
+                continue
+            found = self.answer(case)
+            if not isinstance(found, Failure):
+                self._ran.append(case)
+            elif found.memory:
+                self.note(f"case {case} was left out: {found.text}")
+            elif self._declared(case, found):
+                fails = fails or hazards.found("eager-fails", found.text, case=str(case))
+            else:
+                self.note(f"case {case} was left out: eager refuses its values: {found.text}")
+        return fails
+
+    def _declared(self, case: Case, found: Failure) -> bool:
+        """Return whether eager had to take this case: any size with plain values, any integer in its range."""
+        if case.draw == draws.PLAIN:
+            return True
+        integers = any(
+            not getattr(torch, declared.dtype).is_floating_point for declared in self.version.inputs.values()
+        )
+        return integers and found.text.startswith("IndexError")
+
+    def _mutation(self, case: Case, which: int) -> Hazard:
+        name = list(self.version.inputs)[which]
+        lines = [site for i, site in self.observe(case).in_place if i == which]
+        where = str(lines[0]) if lines and lines[0] else ""
+        return hazards.found("input-mutation", f"input {name} is changed in place", case=str(case), where=where)
