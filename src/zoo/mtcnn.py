@@ -229,8 +229,7 @@ class Pyramid(nn.Module):
             mosaic_height = max(mosaic_height, level_height)
             mosaic_width += level_width + level_width % self.stride
         mosaic_width = max(mosaic_width, self.window)
-        # Over an even size no cell's window is cut off, so P-Net's map has exactly these columns.
-        mosaic_height += mosaic_height % self.stride
+        # The width is even, so no cell's window is cut off on the right: P-Net's map has exactly these columns.
         columns = (mosaic_width - self.window) // self.stride + 1
 
         device = pixels.device

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.mtcnn import Detector, ONet, PNet, Pyramid, RNet
+from zoo.mtcnn import Decide, Detector, ONet, PNet, Propose, Pyramid, Refine, RNet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,6 +119,52 @@ def test_a_detector_finds_some_faces_in_noise_and_none_elsewhere(built: Callable
     assert (scores > 0.4).all()
     assert (scores[:-1] - scores[1:] > -1 / 1024).all()
     assert all(tensor.isfinite().all() for tensor in (boxes, landmarks))
+
+
+def answers(*scores: float) -> Tensor:
+    """Return [n, 2] probabilities with these of a face."""
+    face = torch.tensor(scores)
+    return torch.stack([1 - face, face], dim=1)
+
+
+def test_propose_suppresses_in_each_level_then_across_levels(built: Callable[..., Any]) -> None:
+    # Cells 0, 2, 3 are one level, windows 4 and 2 pixels apart; cell 20, far off in the mosaic, sees what cell 3 sees.
+    cells = torch.tensor([0, 2, 3, 20])
+    windows = torch.tensor([[0, 0, 12, 12], [4, 0, 16, 12], [6, 0, 18, 12], [6, 0, 18, 13]], dtype=torch.float32)
+    faces = torch.zeros(1, 2, 1, 30)
+    faces[0, 1, 0, cells] = torch.tensor([0.9, 0.8, 0.95, 0.7])
+    offsets = torch.zeros(1, 4, 1, 30)
+    offsets[0, :, 0, 0] = torch.tensor([0.5, 0.0, 0.5, 0.5])
+    propose = Propose(threshold=0.5, most=10)
+    # Cell 2 overlaps cell 3 by 5 / 7 of the union, cell 20 by 12 / 13; cell 0 overlaps it by 1 / 3.
+    assert propose(faces, offsets, cells, windows).tolist() == [[6, 0, 18, 12], [3, 0, 21, 18]]
+    assert propose(faces, offsets, cells[[0, 1, 3]], windows[[0, 1, 3]]).tolist() == [
+        [3, 0, 21, 18],
+        [4, 0, 16, 12],
+        [5.5, 0, 18.5, 13],
+    ]
+    assert Propose(0.5, most=1)(faces, offsets, cells, windows).tolist() == [[6, 0, 18, 12]]
+    assert Propose(0.92, most=9)(faces, offsets, cells, windows).tolist() == [[6, 0, 18, 12]]
+    assert Propose(0.95, most=9)(faces, offsets, cells, windows).shape == (0, 4)
+
+
+def test_refine_suppresses_before_it_moves() -> None:
+    boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [0, 0, 10, 6]], dtype=torch.float32)
+    offsets = torch.zeros(4, 4)
+    offsets[1] = torch.tensor([0.1, 0.0, 0.1, 0.0])
+    refined = Refine(0.5)(answers(0.6, 0.9, 0.5, 0.7), offsets, boxes)
+    assert refined.tolist() == [[1, -0.5, 11, 9.5], [0, -2, 10, 8]]
+
+
+def test_decide_moves_before_it_suppresses_and_places_landmarks() -> None:
+    boxes = torch.tensor([[0, 0, 10, 10], [20, 20, 40, 40], [22, 22, 32, 32], [50, 0, 60, 10]], dtype=torch.float32)
+    offsets = torch.zeros(4, 4)
+    offsets[3, 0] = -0.5
+    landmarks = torch.tensor([0.5, 0.25]).expand(4, 5, 2)
+    decided = Decide(0.5)(answers(0.4, 0.8, 0.7, 0.9), offsets, landmarks, boxes)
+    assert decided[0].tolist() == [[45, 0, 60, 10], [20, 20, 40, 40]]  # the third lies inside the second
+    assert decided[1].tolist() == pytest.approx([0.9, 0.8])
+    assert decided[2].tolist() == [[[55, 2.5]] * 5, [[30, 25]] * 5]
 
 
 CASES = [

@@ -66,6 +66,13 @@ def test_texts_order_and_masks_matter(encoder: torch.nn.Module) -> None:
         assert (one - other).norm() > 0.1
 
 
+def test_pooling_is_the_mean_over_tokens_or_the_first_place() -> None:
+    features = torch.tensor([[[1.0, 10.0], [3.0, 30.0], [8.0, 80.0]]]).expand(3, 3, 2)
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 0, 1]])
+    assert text.Pooling()(features, mask).tolist() == [[2.0, 20.0], [1.0, 10.0], [8.0, 80.0]]
+    assert text.Pooling()(features[:1], mask[:1]).tolist() == [[2.0, 20.0]]
+
+
 @pytest.mark.parametrize("example", [(2, 16), (1, 1)])
 def test_a_trace_with_scripted_pooling_is_the_eager_encoder(
     example: tuple[int, int], encoder: torch.nn.Module, saved: Saved
