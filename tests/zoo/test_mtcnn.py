@@ -148,6 +148,14 @@ def test_propose_suppresses_in_each_level_then_across_levels(built: Callable[...
     assert Propose(0.95, most=9)(faces, offsets, cells, windows).shape == (0, 4)
 
 
+def test_propose_drops_what_overlaps_by_more_than_half_in_its_level() -> None:
+    faces = torch.full((1, 2, 2, 15), 0.9)
+    offsets = torch.zeros(1, 4, 2, 15)
+    apart = torch.tensor([[0, 0, 1, 1], [30, 0, 31, 1]], dtype=torch.float32)  # so that only the level counts
+    for cells, kept in (([1, 17], 1), ([1, 3], 2)):  # 100 / 188 of the union, and exactly a half
+        assert len(Propose(0.5, most=9)(faces, offsets, torch.tensor(cells), apart)) == kept
+
+
 def test_refine_suppresses_before_it_moves() -> None:
     boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [0, 0, 10, 6]], dtype=torch.float32)
     offsets = torch.zeros(4, 4)
