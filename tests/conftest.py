@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tritonbuild import compose, docker
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -80,3 +82,33 @@ def project(tmp_path: Path) -> Callable[[dict[str, str]], Project]:
         return Project(tmp_path / "project").write({"dodo.py": DODO, **files})
 
     return make
+
+
+# ---------------------------------------------------------------------------------------------------- docker tests
+
+
+def need(missing: str | None) -> None:
+    """Skip a test for what this machine lacks. In CI, where .ci/docker has made everything, that is a failure."""
+    if missing:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(missing)
+
+
+@pytest.fixture(scope="session")
+def engine() -> None:
+    """A Docker engine that answers."""
+    need(docker.reachable())
+
+
+@pytest.fixture(scope="session")
+def triton_cpu(engine: None) -> str:
+    """The base image with the real tritonserver, from docker/Dockerfile.cpu."""
+    name = "tritonbuild-test/triton-cpu"
+    need((docker.ask("image", "inspect", name).code and f"no image {name}: .ci/docker makes it") or None)
+    return name
+
+
+@pytest.fixture(scope="session")
+def compose_tool() -> list[str]:
+    """The command of the compose tool."""
+    need(None if compose.compose_tool() else "neither docker compose nor docker-compose is here")
+    return compose.compose_tool() or []
