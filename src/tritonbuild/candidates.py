@@ -183,22 +183,19 @@ def explained(error: BaseException, root: Path) -> str:
     """Return what torch.jit or the user's code raised, on one line, with the line of the user's code."""
     text = str(error).strip()
     place = _marked_line(text, root) or last_line(error, root)
-    reason = next((line.strip().rstrip(":") for line in text.splitlines() if line.strip()), type(error).__name__)
+    reason = next((line.strip().rstrip(":.") for line in text.splitlines() if line.strip()), type(error).__name__)
     if not place or place in reason:
         return reason
     return f"{reason} ({place})"
 
 
-_SNIPPET = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)\n(?P<code>(?:.*\n)*?)(?P<mark>\s*~+ *<--- HERE)')
+_PLACE = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def _marked_line(text: str, root: Path) -> str:
-    """Return the line that torch.jit.script marks in its message: it gives that of the snippet's start."""
-    snippet = _SNIPPET.search(text)
-    if not snippet:
-        return ""
-    line = int(snippet["line"]) + max(snippet["code"].count("\n") - 1, 0)
-    return f"{shown_path(snippet['file'], root)}:{line}"
+    """Return the line that torch.jit.script names in its message; the innermost comes first."""
+    place = _PLACE.search(text)
+    return f"{shown_path(place[1], root)}:{place[2]}" if place else ""
 
 
 @contextlib.contextmanager
