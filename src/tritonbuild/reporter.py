@@ -92,7 +92,8 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         """Show a failure at once: the text of our error, or the traceback of a bug."""
         self.failures.append({"task": task, "exception": fail})
         if isinstance(fail, UnmetDependency):
-            self.blocked.append(task.name)
+            if task.actions:  # a group such as `trace` has none: its subtasks are what counts
+                self.blocked.append(task.name)
             return
         self.mendable = self.mendable and isinstance(fail, TaskFailed)
         self.write(f"!! {fail.get_msg().strip()}\n")
@@ -102,7 +103,9 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         self._smoke_table()
         for name, reason in self.left_out.items():
             self.write(f"   left out: {name}: {reason}\n")
-        failed = [result["task"].name for result in self.failures if result["task"].name not in self.blocked]
+        failed = [
+            result["task"].name for result in self.failures if not isinstance(result["exception"], UnmetDependency)
+        ]
         words = ["stopped"] if self.stopped else []
         words += [f"{len(self.ran)} done", f"{self.up_to_date} up to date"]
         if failed:

@@ -2,20 +2,20 @@
 
 Every job has a child of its own: class names, random state, default dtype, a crash or an out-of-memory kill of one
 model touch nothing else. CUDA is first touched in the child, so the preloaded modules must not ask for it. A child
-dies with its parent (PR_SET_PDEATHSIG), its output goes to a log, and its end by a signal is a verdict, not a
+dies with its parent, its output goes to a log, and its end by a signal is a verdict, not a
 traceback. What the child read of the project is recorded, like a compiler's depfile.
 
-Source: https://docs.python.org/3/library/multiprocessing.html (forkserver), prctl(2).
+Source: https://docs.python.org/3/library/multiprocessing.html (forkserver).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 IMPORT_LIMIT_S = 300.0
 """Seconds that the import of an entry point's module may take."""
 
-_PR_SET_PDEATHSIG = 1
 _SAY_AFTER_S = 2.0
 
 
@@ -186,9 +185,18 @@ def _child(declaration: str, root: str, out: str, log: str, sender: Connection) 
 
 
 def _die_with_parent() -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
-        os._exit(1)
+    """End this child with the process that asked for it, even when that is killed.
+
+    PR_SET_PDEATHSIG would be told of the fork server's end only, and the fork server lives as long as its children.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _redirect(log: str) -> None:
