@@ -10,7 +10,7 @@ number: see `boxes`, and `Propose`, where boxes of one level are compared in who
 
 Source: K. Zhang, Z. Zhang, Z. Li, Y. Qiao, "Joint Face Detection and Alignment Using Multitask Cascaded
 Convolutional Networks", IEEE Signal Processing Letters 23(10), 2016; figures 1 and 2. The numbers that the
-paper leaves open (pyramid factor, overlaps) are those in common use.
+paper leaves open (pyramid factor, overlaps) are the usual ones.
 """
 
 from __future__ import annotations

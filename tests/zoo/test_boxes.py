@@ -24,8 +24,8 @@ def greedy(boxes: Tensor, limit: float) -> list[int]:
         overlaps = []
         for k in kept:
             l2, t2, r2, b2 = boxes[k].tolist()
-            common = max(0.0, min(right, r2) - max(left, l2)) * max(0.0, min(bottom, b2) - max(top, t2))
-            overlaps.append(common / min((right - left) * (bottom - top), (r2 - l2) * (b2 - t2)))
+            shared = max(0.0, min(right, r2) - max(left, l2)) * max(0.0, min(bottom, b2) - max(top, t2))
+            overlaps.append(shared / min((right - left) * (bottom - top), (r2 - l2) * (b2 - t2)))
         if all(overlap <= limit for overlap in overlaps):
             kept.append(i)
     return kept

@@ -24,7 +24,7 @@ def uniform(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def image(height: int, width: int, look: str = "noise", seed: int = 0) -> Tensor:
+def image(height: int, width: int, look: str = "noise", seed: int = 0, patches: int = 5) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
     match look:
@@ -33,7 +33,7 @@ def image(height: int, width: int, look: str = "noise", seed: int = 0) -> Tensor
         case "stripes":
             return torch.where(torch.arange(width) % 2 == 0, 255, 0).to(torch.uint8).expand(3, height, width)
         case "smooth":
-            few = noise[None, :, :5, :5].to(torch.float32)
+            few = noise[None, :, :patches, :patches].to(torch.float32)
             return F.interpolate(few, size=(height, width), mode="bilinear")[0].to(torch.uint8)
     return noise
 
@@ -206,18 +206,14 @@ def test_a_detector_that_hands_on_everything_is_still_the_eager_one(built: Calla
         assert same(traced(pixels), detector(pixels)), (height, width, look)
 
 
-@pytest.mark.parametrize("left_out", ["pyramid", "propose"])
+@pytest.mark.parametrize("left_out", ["pyramid", "propose", "decide"])
 def test_a_stage_that_is_traced_freezes_the_example(left_out: str, built: Callable[..., Any], saved: Saved) -> None:
+    # Suppression takes as many rounds as its longest chain of overlaps. Noise has short chains, so a trace that has
+    # frozen their number is right for it, and wrong for images as people take them.
     detector = built(Detector, thresholds=THRESHOLDS)
-    traced = saved(detector, (image(20, 24),), [name for name in SCRIPTED if name != left_out])
-    wrong = 0
-    for height, width, look in CASES:
-        pixels = image(height, width, look, seed=1)
-        try:
-            wrong += not same(traced(pixels), detector(pixels))
-        except RuntimeError:
-            wrong += 1
-    assert wrong
+    traced = saved(detector, (image(96, 80),), [name for name in SCRIPTED if name != left_out])
+    pixels = image(128, 128, "smooth", seed=1, patches=8)
+    assert not same(traced(pixels), detector(pixels))
 
 
 @pytest.mark.parametrize(
