@@ -168,6 +168,11 @@ def more_sizes(version: ModelVersion, numbers: Collection[int], *, every: bool) 
     for number, (name, axis) in itertools.product(near, axes.items()):
         if legal(axis, number):
             yield case({**example, name: number}, PLAIN, 200)
+    for number, (one, two) in itertools.product(near[::3], itertools.combinations(axes, 2)):
+        products = [(a, number // a) for a in all_sizes(axes[one]) if number % a == 0]
+        pair = next(((a, b) for a, b in products if legal(axes[two], b)), None)
+        if pair:
+            yield case({**example, one: pair[0], two: pair[1]}, PLAIN, 201)
     if not every:
         return
     # Batch 1 and the smallest of the others: the cheapest way to see every size.

@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from tritonbuild.monitors import DROPOUT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +67,16 @@ class _Steered(TorchFunctionMode):
                 result.fill_(numbers[-1] - 1 if self.end else (numbers[0] if len(numbers) > 1 else 0))
         elif ends:
             result.fill_(ends[self.end])
+        elif name in DROPOUT and _drops(args, kwargs or {}):
+            result = torch.zeros_like(result) if self.end else args[0].clone()
         return result
+
+
+def _drops(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Return whether a call of dropout may drop something: F.dropout(x, p=0.5, training=True)."""
+    probability = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+    training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
+    return bool(probability) and bool(training)
 
 
 def _spread(result: Tensor, args: Sequence[Any], name: str, end: int) -> Tensor:

@@ -131,13 +131,22 @@ def difference(expected: Tensor, got: Tensor, allowed: Tolerance) -> Difference 
 
 
 def largest_error(expected: Tensor, got: Tensor) -> float:
-    """Return the largest absolute error of two outputs of one shape, over elements that are finite in both."""
-    if expected.shape != got.shape or not expected.numel():
-        return 0.0
-    if torch.equal(expected, got):
-        return 0.0
+    """Return the largest absolute error of two outputs, over elements that are finite in both; 0 for other shapes."""
+    error = _errors(expected, got)
+    return 0.0 if error is None else error.max().item()
+
+
+def mean_error(expected: Tensor, got: Tensor) -> float:
+    """Return the mean absolute error of two outputs, over elements that are finite in both; 0 for other shapes."""
+    error = _errors(expected, got)
+    return 0.0 if error is None else error.mean().item()
+
+
+def _errors(expected: Tensor, got: Tensor) -> Tensor | None:
+    if expected.shape != got.shape or not expected.numel() or torch.equal(expected, got):
+        return None
     error = (expected.to(torch.float64) - got.to(torch.float64)).abs()
-    return torch.where(torch.isfinite(error), error, 0.0).max().item()
+    return torch.where(torch.isfinite(error), error, 0.0)
 
 
 def largest(output: Tensor) -> float:

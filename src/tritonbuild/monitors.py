@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import os
 import sys
 import sysconfig
 from collections import deque
@@ -44,7 +45,7 @@ _RANDOM = frozenset(
     | {"normal", "poisson", "normal_", "uniform_", "random_", "bernoulli_", "exponential_", "cauchy_", "geometric_"}
     | {"log_normal_", "rrelu", "gumbel_softmax", "fractional_max_pool2d", "fractional_max_pool3d"}
 )
-_DROPOUT = frozenset(
+DROPOUT = frozenset(
     {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
     | {"alpha_dropout_", "feature_dropout", "feature_dropout_", "feature_alpha_dropout_"}
 )
@@ -56,17 +57,15 @@ _DEEP = frozenset(
     | {"_transformer_encoder_layer_fwd", "_native_multi_head_attention", "cumsum", "cumprod", "conv_tbc"}
 )
 
-_OURS = str(Path(__file__).parent)
-_FOREIGN = tuple(
-    str(path)
-    for path in (
-        Path(torch.__file__).parent,
-        Path(numpy.__file__).parent,
-        Path(sysconfig.get_path("stdlib")),
-        _OURS,
-    )
-)
-_SITE = tuple(str(Path(sysconfig.get_path(name))) for name in ("purelib", "platlib"))
+
+def _inside(path: str | Path) -> str:
+    return f"{path}{os.sep}"  # or torchvision would lie inside torch
+
+
+_OURS = _inside(Path(__file__).parent)
+_TORCH = tuple(_inside(Path(module.__file__ or "").parent) for module in (torch, numpy))
+_STDLIB = _inside(sysconfig.get_path("stdlib"))
+_SITE = tuple(_inside(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -74,11 +73,10 @@ def first_party(filename: str) -> bool:
     """Return whether a file holds model code: not torch's, numpy's, Python's or ours."""
     if filename.startswith("<"):  # generated code: dataclasses, named tuples, torch.fx
         return False
-    if filename.startswith(_FOREIGN):
-        # site-packages lies inside the standard library's folder; a model library there is model code.
-        inside = filename.startswith(_SITE) and not filename.startswith(_FOREIGN[:2])
-        return inside and not filename.startswith(_OURS)
-    return True
+    if filename.startswith((_OURS, *_TORCH)):
+        return False
+    # site-packages may lie inside the standard library's folder; a model library there is model code.
+    return filename.startswith(_SITE) or not filename.startswith(_STDLIB)
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ class _Watch(TorchFunctionMode):
             seen.depth += 1
         elif name in _RANDOM:
             seen.random.append((name, here()))
-        elif name in _DROPOUT:
+        elif name in DROPOUT:
             seen.dropout.append((name, here()))
         elif name in _UNFILLED:
             seen.unfilled.append((name, here()))

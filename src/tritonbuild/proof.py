@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tritonbuild import batching, calls, cases, compare, hazards, releases
+from tritonbuild import batching, calls, cases, climb, compare, hazards, releases
 from tritonbuild.calls import Failure
 from tritonbuild.diagnose import Evidence, Mismatch, TracerWarning, explain
 from tritonbuild.draws import PLAIN, Source
 from tritonbuild.graphs import Graph
+from tritonbuild.monitors import first_party
 from tritonbuild.reference import Reference
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ _REPEATED = 3
 """Cases that are called three times in a row: the profiling executor changes the code after the first call."""
 
 _EVIDENCE = 6
-"""Further mismatches that are collected to name the reason."""
+_EVIDENCE_S = 2.0
+"""Further mismatches that are collected to find the simplest, and seconds that this may take."""
 
 _ALONE = frozenset({"nondeterministic", "training-mode", "state", "eager-fails", "outputs-change"})
 """Hazards of eager after which a comparison with the TorchScript says nothing."""
@@ -216,9 +218,11 @@ class _Trial:
             if mismatches:
                 return mismatches
             self._guard = False
+        failed = 0.0
         for i, case in enumerate(planned):
             mismatches += self._compare(case, _REPEATED if i < _REPEATED else 1)
-            if len(mismatches) > _EVIDENCE:
+            failed = failed or (time.perf_counter() if mismatches else 0.0)
+            if len(mismatches) > _EVIDENCE or (failed and time.perf_counter() - failed > _EVIDENCE_S):
                 return mismatches
         if mismatches:
             return mismatches
@@ -247,12 +251,13 @@ class _Trial:
         reference = self.reference
         numbers = {n for n in reference.seen.numbers if n == n and abs(n) < 1e30}
         whole = {int(n) for n in numbers if n == int(n) and n > 2}
-        suspicious = bool(self.warnings or reference.seen.escapes)
+        warned = [warning for warning in self.warnings if first_party(warning.filename)]
+        suspicious = bool(warned or reference.seen.escapes)
         limit_s = min(self.version.trace.budget_s, _SEARCH_S if suspicious else _NUMBERS_S)
         done = set(reference.cases)
         sizes = cases.more_sizes(self.version, whole, every=suspicious)
         values = cases.more_values(self.version, numbers, reference.source.bounds)
-        streams = [sizes, values] if suspicious else [sizes]
+        streams = [sizes, values, climb.found(reference)] if suspicious else [sizes]
         started, tried = time.perf_counter(), 0
         for case in _in_turn(streams):
             spent = time.perf_counter() - started
@@ -302,7 +307,7 @@ class _Trial:
             if difference is None or (self._guard and difference.kind in ("values", "not-finite")):
                 self.errors[name] = max(self.errors[name], compare.largest_error(e, g))
                 continue
-            if difference.kind == "values" and self._rounding(case, difference.error, name):
+            if difference.kind == "values" and self._rounding(case, compare.mean_error(e, g), name):
                 continue
             relative = difference.error / (compare.largest(e) or 1.0)
             return Mismatch(case, self.calls, name, difference, difference.text, relative, self._alone(case))
@@ -327,9 +332,9 @@ class _Trial:
             return False
         moved = batching.sensitivity(self.reference, self.reference.inputs(case))
         i = self.reference.output_names.index(name)
-        if moved is None or error > batching.CHAOS * moved[i]:
+        if moved is None or error > moved[i]:
             return False
-        self.notes.append(f"output {name} is sensitive to rounding: error {error:.3g} for {case}")
+        self.reference.note(f"output {name} is sensitive to rounding")
         return True
 
 
