@@ -12,6 +12,7 @@ Source: docs/architecture.md; the idea of depfiles is make's and ninja's.
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import json
 import os
 from functools import cache
@@ -30,11 +31,17 @@ if TYPE_CHECKING:
 
 Parts = dict[str, Any]
 Stamp = list[int]
+_ENCODE = json.JSONEncoder(separators=(",", ":")).encode
 _EDITED = "edited while the task ran"
 
 
+def action_key(parts: Parts) -> str:
+    """Return the action key of the parts: 64 hexadecimal digits. The order of keys counts: inputs bind by order."""
+    return sha256(_ENCODE(parts).encode()).hexdigest()
+
+
 def digest(parts: Mapping[str, Any]) -> str:
-    """Return the action key of the parts: 64 hexadecimal digits, independent of the order of keys."""
+    """Return a digest of the parts: 64 hexadecimal digits, independent of the order of keys."""
     return sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -95,36 +102,56 @@ class UpToDate:
         root: The project's folder.
         parts: What is known before the task has run. A function, because it may read files.
         targets: Files the task writes, relative to root.
+        same_while: A digest of all that `parts` is made from, or None: while it is the same, they are not made again.
     """
 
-    def __init__(self, root: Path, parts: Callable[[], Parts], targets: Sequence[str]) -> None:
+    # doit asks for the signature of each check with inspect.signature, which costs as much as all the rest of it.
+    __signature__ = inspect.Signature(
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("task", "values")]
+    )
+
+    def __init__(
+        self, root: Path, parts: Callable[[], Parts], targets: Sequence[str], same_while: str | None = None
+    ) -> None:
         self.root = root
         self.parts = parts
         self.targets = targets
+        self.same_while = same_while
 
     def __call__(self, task: Task, values: dict[str, Any]) -> bool:
         """Return whether the task need not run; registers what to remember when it has run."""
         task.value_savers.append(lambda: self._remember(task.values))
-        return self.why(values) is None
+        return not self.reasons(task.name, values)
 
-    def why(self, values: Mapping[str, Any]) -> str | None:
-        """Return the first reason to run, or None when up to date."""
+    def reasons(self, task: str, values: Mapping[str, Any]) -> list[str]:
+        """Return why the task must run: each part of its key that differs, or the targets; nothing when up to date."""
         if "key" not in values:
-            return "never finished on this machine, or forgotten"
-        parts = self.complete(values.get("files", ()), values.get("distributions", ()))
-        if digest(parts) != values["key"]:
-            return difference(values["parts"], parts)
+            return ["never finished on this machine, or forgotten"]
+        memory = state.current()
+        if self.same_while is None or self.same_while != values["same_while"]:
+            if action_key(self.parts()) != values["base"]:
+                now = self.complete(values["files"], values["distributions"])
+                return differences(memory.parts(task), now) or ["the order of what is declared"]
+            if self.same_while is not None:
+                memory.refresh(task, "same_while", self.same_while)
+        digest_of, base = memory.files.digest, f"{self.root}/"
+        reasons = [
+            f"files: {path}: {_short(before)} -> {_short(digest_of(base + path))}"
+            for path, before in values["files"].items()
+            if digest_of(base + path) != before
+        ]
+        for name, before in values["distributions"].items():
+            if distribution_version(name) != before:
+                reasons.append(f"distributions: {name}: {before} -> {distribution_version(name)}")
         for path, written in values["targets"].items():
-            now = file_digests(self.root, [path])[path]
-            if now is None:
-                return f"{path} is missing"
-            if now != written:
-                return f"{path} was changed by hand"
-        if set(values["targets"]) != set(self.targets):
-            return "writes other files than before"
-        return None
+            found = digest_of(base + path)
+            if found != written:
+                reasons.append(f"{path} is missing" if found is None else f"{path} was changed by hand")
+        if not reasons and len(values["targets"]) != len(self.targets):
+            return ["writes other files than before"]
+        return reasons
 
-    def complete(self, files: Sequence[str], distributions: Sequence[str]) -> Parts:
+    def complete(self, files: Iterable[str], distributions: Iterable[str]) -> Parts:
         """Return all parts, with the recorded files and distributions as they are now."""
         parts = dict(self.parts())
         if files:
@@ -140,25 +167,34 @@ class UpToDate:
             # Nobody knows which text the task has read, so it runs again.
             parts["files"][path] = _EDITED
         return {
-            "key": digest(parts),
+            "key": action_key(parts),
+            "base": action_key(self.parts()),
+            "same_while": self.same_while,
             "parts": parts,
-            "files": files,
-            "distributions": distributions,
+            "files": parts.get("files", {}),
+            "distributions": parts.get("distributions", {}),
             "targets": file_digests(self.root, self.targets),
         }
 
 
-def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str | None:
-    """Return the first part that differs, as `inputs.image.shape[0]: 8 -> 16`, or None."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return each part that differs, as `declaration: inputs.image.shape: [1] -> [2]`."""
+    found = []
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key), new.get(key)
         if before == after:
             continue
         where = f"{prefix}{key}"
         if isinstance(before, dict) and isinstance(after, dict):
-            return difference(before, after, f"{where}: " if not prefix else f"{where}.")
-        return f"{where}: {_short(before)} -> {_short(after)}"
-    return None
+            found += differences(before, after, f"{where}." if prefix else f"{where}: ")
+        else:
+            found.append(f"{where}: {_short(before)} -> {_short(after)}")
+    return found
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """Return the first part that differs, or None."""
+    return next(iter(differences(old, new)), None)
 
 
 def _short(value: object) -> str:

@@ -206,7 +206,7 @@ class Pipeline(_Frozen):
         """The file that this was read from."""
         return self._path
 
-    @property
+    @cached_property
     def root(self) -> Path:
         """The project's folder: every path of the declaration is relative to it."""
         return self._path.parent
@@ -251,14 +251,18 @@ class Pipeline(_Frozen):
             yield from versions.values()
 
 
-def load(path: Path) -> Pipeline:
+def load(path: Path, memory: Path | None = None) -> Pipeline:
     """Return the valid declaration in the file.
+
+    Args:
+        path: pipeline.yaml.
+        memory: See `yamlfile.read`.
 
     Raises:
         SpecError: With every problem of the file, in line order.
     """
     path = path.absolute()
-    data = yamlfile.read(path)
+    data = yamlfile.read(path, memory)
     if not isinstance(data, dict):
         raise SpecError(
             [f"{path.name}:1: found {yamlfile.shown(data)}, expected a mapping with the keys triton and models"]

@@ -1,6 +1,7 @@
 """Decides what is remembered between two runs: one SQLite file, `.build/state.sqlite`.
 
-Two tables: doit's own memory of successful tasks (as a doit backend), and the digests of files. A task is written
+Three tables: doit's own memory of successful tasks (as a doit backend), the parts of their action keys, which are read
+only when a difference is to be named, and the digests of files. A task is written
 when it succeeds, not when the run ends: what was finished before a SIGKILL is not done again. A file that SQLite
 cannot read is set aside with a warning; forgetting is always right, it only costs time.
 
@@ -23,10 +24,13 @@ if TYPE_CHECKING:
 
 _TABLES = """
 create table if not exists tasks (name text primary key, data text not null) without rowid;
+create table if not exists parts (name text primary key, data text not null);
 create table if not exists files (
     path text primary key, size int not null, mtime_ns int not null, inode int not null, digest text not null
 ) without rowid;
 """
+
+_FORMAT = 1
 
 # A file may change again within the resolution of its time stamp, with the same size. A digest taken this shortly
 # after the last change is therefore not trusted the next time (git calls such entries racy).
@@ -49,6 +53,8 @@ class State:
         self._connection = _connect(Path(name))
         self._tasks: dict[str, dict[str, Any]] = {}
         self._texts: dict[str, str] = {}
+        self._new_parts: dict[str, Any] = {}
+        self._refreshed: set[str] = set()
         self.files = FileDigests(self._connection)
         self.reload()
         global _current
@@ -57,6 +63,7 @@ class State:
     def reload(self) -> None:
         """Read again what another process has written meanwhile."""
         self._tasks.clear()
+        self._refreshed.clear()
         self._texts = dict(self._connection.execute("select name, data from tasks"))
         self.files.reload()
 
@@ -73,13 +80,29 @@ class State:
     def set(self, task_id: str, dependency: str, value: object) -> None:
         """Store a value. doit writes `deps:` last for a successful task: then the task goes to disk."""
         task = self._task(task_id)
+        if dependency == "_values_:" and isinstance(value, dict) and "parts" in value:
+            self._new_parts[task_id] = value["parts"]
+            value = {name: known for name, known in value.items() if name != "parts"}
         task[dependency] = value
         if dependency in {"deps:", "ignore:"}:
             text = json.dumps(task)
             self._texts[task_id] = text
             with self._connection:
                 self._connection.execute("insert or replace into tasks values (?, ?)", (task_id, text))
+                if task_id in self._new_parts:
+                    parts = json.dumps(self._new_parts.pop(task_id))
+                    self._connection.execute("insert or replace into parts values (?, ?)", (task_id, parts))
                 self.files.flush()
+
+    def refresh(self, task_id: str, name: str, value: object) -> None:
+        """Change one value of a task that did not run; it is written when the run ends."""
+        self._task(task_id)["_values_:"][name] = value
+        self._refreshed.add(task_id)
+
+    def parts(self, task_id: str) -> dict[str, Any]:
+        """Return the parts of the action key with which the task last succeeded; none if it is not known."""
+        row = self._connection.execute("select data from parts where name = ?", (task_id,)).fetchone()
+        return dict(json.loads(row[0])) if row else {}
 
     def in_(self, task_id: str) -> bool:
         """Return whether anything is known of the task."""
@@ -106,7 +129,9 @@ class State:
 
     def dump(self) -> None:
         """Write what is left and close; doit calls this at the end of a command."""
+        rows = [(name, json.dumps(self._tasks[name])) for name in self._refreshed if name in self._texts]
         with self._connection:
+            self._connection.executemany("insert or replace into tasks values (?, ?)", rows)
             self.files.flush()
         self._connection.close()
 
@@ -194,6 +219,9 @@ def _open(path: Path) -> sqlite3.Connection:
     connection.execute("pragma journal_mode = wal")
     # WAL with NORMAL survives a SIGKILL without losing a commit, and costs no fsync per task.
     connection.execute("pragma synchronous = normal")
-    connection.executescript(_TABLES)
+    if connection.execute("pragma user_version").fetchone()[0] != _FORMAT:
+        # Written by another version of tritonbuild, or new. What it remembers of tasks is forgotten.
+        connection.executescript(f"drop table if exists tasks; drop table if exists parts; {_TABLES}")
+        connection.execute(f"pragma user_version = {_FORMAT}")
     connection.execute("select count(*) from tasks").fetchone()
     return connection
