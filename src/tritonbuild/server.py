@@ -1,8 +1,8 @@
 """Decides which Triton servers there are to ask, and what is said when one does not serve a model.
 
-Hides the control protocol: loading as much at a time as cores and memory allow, and where the reason of a failed load
-is found (the repository index; for a config.pbtxt that was not accepted, the log alone). How the embedded server runs is
-hidden in `embedded`.
+Hides the control protocol: loading as much at a time as cores and memory allow, and where the reason of a failed
+load is found (the repository index; for a config.pbtxt that was not accepted, the log alone). How the embedded server
+runs is hidden in `embedded`.
 
 Source: triton-inference-server/server, docs/protocol/extension_model_repository.md.
 """
@@ -155,7 +155,7 @@ class _Embedded(Server):
         if reason.startswith("Stub process"):
             reason = f"the model's process died while it loaded ({reason}); the last lines of the log follow"
             tail = self.log_tail(6).splitlines()
-        return ServerError(where, reason, *tail, f"log: {_shown(self._path)}")
+        return ServerError(where, reason, *tail, f"log: {shown(self._path)}")
 
 
 @contextmanager
@@ -247,7 +247,7 @@ def _came_up(process: subprocess.Popen[bytes], name: str, url: str, log: Path, l
         return False
     what = f"is not live after {_START_TIMEOUT_S} s" if process.poll() is None else "ended before it was live"
     tail = _lines(log, logged)[-6:]
-    raise ServerError("server", f"tritonserver {what}; the last lines of its log follow", *tail, f"log: {_shown(log)}")
+    raise ServerError("server", f"tritonserver {what}; the last lines of its log follow", *tail, f"log: {shown(log)}")
 
 
 def _free_port() -> int:
@@ -297,7 +297,8 @@ def _poll_failure(model: str, log: str) -> str:
     return f"config.pbtxt:{syntax[-1]}" if syntax and "text proto" in found[1] else found[1]
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
+    """Return a path as a person in the project's folder would write it."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
