@@ -108,7 +108,7 @@ def test_three_processes_a_comment_and_another_folder_give_the_same_bytes(tmp_pa
     assert found[0][0] != found[0][1]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1"])
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "squeezenet1_1"])
 @pytest.mark.parametrize("how", ["trace", "script"])
 def test_torchvision_models_load_compute_the_same_and_grow_by_nothing(name: str, how: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -147,6 +147,21 @@ def test_entries_are_stored_aligned_timeless_and_free_of_records_nobody_computes
         head = data[entry.header_offset :]
         start = entry.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
         assert start % 64 == 0
+
+
+def test_quantized_weights_survive() -> None:
+    """They are C++ objects, whose namespace is an empty code file."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    x = torch.rand(3, 4)
+    for made in (traced(model, x), torch.jit.script(model)):
+        data = archive.canonical(made)
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            assert file.read("model/code/__torch__/torch/classes/quantized.py") == b""
+        with torch.no_grad():
+            assert torch.equal(load(data)(x), model(x))
+        assert archive.canonical(made) == data
 
 
 def test_numbers_in_class_names_do_not_count_what_the_process_compiled_before() -> None:
@@ -248,7 +263,7 @@ LAYERS = st.sampled_from(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(layers=st.lists(LAYERS, min_size=1, max_size=8), tie=st.booleans(), script=st.booleans(), seed=st.integers(0, 9))
 def test_any_stack_of_layers_survives(layers: list, tie: bool, script: bool, seed: int) -> None:
     torch.manual_seed(seed)
@@ -291,7 +306,7 @@ from tritonbuild import archive
 torch.set_grad_enabled(False)
 small = torch.jit.script(torch.nn.Linear(4, 4))
 archive.write(small, Path("small.pt"))
-model = torch.jit.script(torch.nn.Linear(8192, 8192, bias=False))
+model = torch.jit.script(torch.nn.Linear(4096, 8192, bias=False))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 archive.write(model, Path("model.pt"))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -299,5 +314,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True
     )
-    assert (tmp_path / "model.pt").stat().st_size > 8192 * 8192 * 4
-    assert int(ran.stdout) < 64 * 1024  # KiB; the weights are 256 MiB
+    assert (tmp_path / "model.pt").stat().st_size > 4096 * 8192 * 4
+    assert int(ran.stdout) < 32 * 1024  # KiB; the weights are 128 MiB

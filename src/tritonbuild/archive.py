@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 import zlib
 from io import BytesIO
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO
 
@@ -175,6 +175,8 @@ def _with_canonical_classes(texts: dict[str, bytes]) -> dict[str, bytes]:
     for name in reached:
         file = "code/" + names[name].rpartition(".")[0].replace(".", "/") + ".py"
         code[file] = code.get(file, "") + _NAME.sub(lambda match: _renamed(match.group(), names), definitions[name])
+    # The namespaces of C++ classes, such as quantized weights, are empty files.
+    code |= {name: "" for name, data in texts.items() if name.endswith(".py") and not data.strip() and name not in code}
     pickles = {name: _renamed_pickle(data, names) for name, data in texts.items() if name.endswith(".pkl")}
     return pickles | {file: text.encode() for file, text in code.items()}
 
@@ -188,9 +190,9 @@ def _definitions(texts: dict[str, bytes]) -> dict[str, str] | None:
         namespace = file.removeprefix("code/").removesuffix(".py").replace("/", ".")
         text = data.decode()
         starts = [match.start() for match in _DEFINITION.finditer(text)]
-        if not starts or text[: starts[0]].strip():
+        if text[: starts[0] if starts else None].strip():
             return None
-        for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+        for start, end in pairwise([*starts, len(text)]):
             match = _DEFINITION.match(text, start)
             assert match
             body = _CONSTANTS.sub(_in_order, text[start:end].rstrip("\n") + "\n\n")
