@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,10 +42,9 @@ _TRACE_RECIPE = (
     "hazards.py",
 )
 _CONFIG_RECIPE = ("config.py", "config_rules.py", "config_tensors.py", "message.py", "dtypes.py")
-_SMOKE_RECIPE = ("smoke.py", "server.py", "backends/pytorch/model.py")
 
 
-def _task(action: Callable[..., Any]) -> Callable[..., Any]:
+def task(action: Callable[..., Any]) -> Callable[..., Any]:
     """Return the action with our errors as failed tasks: one text, exit code 1, no traceback."""
 
     @functools.wraps(action)
@@ -67,13 +67,14 @@ def _task(action: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def declaration_digest(pipeline: Pipeline) -> str:
-    """Return a digest of what is declared; comments and the order of keys do not count."""
-    return keys.digest(
-        {
-            "pipeline": pipeline.model_dump(mode="json"),
-            "recipe": keys.recipe("spec.py", "rules.py", *_CONFIG_RECIPE),
-        }
-    )
+    """Return a digest of what is declared; comments do not count."""
+    return sha256(pipeline.model_dump_json().encode()).hexdigest()
+
+
+def same_while(pipeline: Pipeline) -> str:
+    """Return a digest of all that the parts of traces and configs are made from."""
+    recipe = keys.recipe(*_TRACE_RECIPE, *_CONFIG_RECIPE)
+    return keys.digest({"declared": declaration_digest(pipeline), "recipe": recipe, "device": keys.device_kind()})
 
 
 def check_config(pipeline: Pipeline) -> None:
@@ -84,7 +85,9 @@ def check_config(pipeline: Pipeline) -> None:
     """
     if not any(model.config for model in pipeline.models.values()):
         return
-    digest = declaration_digest(pipeline)
+    # The text, not what it declares: this is asked in every run, and to look again at what has not changed is cheap.
+    text = state.current().files.digest(pipeline.path)
+    digest = keys.digest({"text": text, "recipe": keys.recipe(*_CONFIG_RECIPE)})
     if state.current().get("_declaration", "key") == digest:
         return
     from tritonbuild import config
@@ -96,7 +99,7 @@ def check_config(pipeline: Pipeline) -> None:
     state.current().set("_declaration", "deps:", ())
 
 
-@_task
+@task
 def check(pipeline: Pipeline) -> None:
     """Say what is declared."""
     versions = sum(len(model.versions) for model in pipeline.models.values())
@@ -155,7 +158,7 @@ def trace_parts(version: ModelVersion) -> keys.Parts:
     return {"declaration": declaration, "recipe": keys.recipe(*_TRACE_RECIPE)}
 
 
-@_task
+@task
 def trace(pipeline: Pipeline, version: ModelVersion, check: keys.UpToDate) -> dict[str, Any]:
     """Take a version's model.pt, signature, cases and proof from a store, or trace and prove it; publish them."""
     from tritonbuild import repository, store
@@ -181,9 +184,9 @@ def _fetch(results: Store, check: keys.UpToDate, out: Path, what: str) -> dict[s
 
     def key_of(files: Sequence[str], distributions: Sequence[str]) -> str:
         stamps.update({path: keys.stamp(check.root / path) for path in files})
-        return keys.digest(check.complete(files, distributions))
+        return keys.action_key(check.complete(files, distributions))
 
-    found = results.find(keys.digest(check.parts()), key_of)
+    found = results.find(keys.action_key(check.parts()), key_of)
     if found is None or not results.fetch(found, out):
         return None
     sys.stdout.write(f"   {what}: from the {'shared ' if found.remote else ''}store, made in {found.seconds:.1f} s\n")
@@ -208,14 +211,14 @@ def _trace(results: Store, root: Path, version: ModelVersion, check: keys.UpToDa
     except BuildError as error:
         _publish_failure(root, version, out, error)
         raise
-    key = keys.digest(check.complete(found.files, found.distributions))
+    key = keys.action_key(check.complete(found.files, found.distributions))
     proof = json.loads((out / "proof.json").read_text())
     proof["action_key"] = key
     (out / "proof.json").write_text(json.dumps(proof, indent=2) + "\n")
     seconds = round(time.perf_counter() - started, 3)
     if not keys.edited(root, found.stamps):
         read = reads(found.files, found.distributions)
-        results.keep(describe(key, keys.digest(check.parts()), out, _TRACED, read, seconds), out)
+        results.keep(describe(key, keys.action_key(check.parts()), out, _TRACED, read, seconds), out)
     return {
         "files": list(found.files),
         "distributions": list(found.distributions),
@@ -280,7 +283,7 @@ def config_parts(pipeline: Pipeline, name: str) -> keys.Parts:
     }
 
 
-@_task
+@task
 def config(pipeline: Pipeline, name: str) -> None:
     """Write config.pbtxt and the files that it names."""
     from tritonbuild import config, repository
@@ -314,7 +317,7 @@ def _folders(models: Path) -> Iterator[str]:
         return
 
 
-@_task
+@task
 def repository(pipeline: Pipeline) -> None:
     """Remove from models/ what is not declared any more and was ours; refuse what is not ours."""
     from tritonbuild import repository
@@ -322,75 +325,6 @@ def repository(pipeline: Pipeline) -> None:
     declared = {name: list(model.versions) for name, model in pipeline.models.items()}
     for removed in repository.prune(pipeline.root, declared):
         sys.stdout.write(f"   removed {removed}: not declared any more\n")
-
-
-# ----------------------------------------------------------------------------------------------------- smoke
-
-
-def smoke_files(version: ModelVersion) -> list[str]:
-    """Return the files that a smoke test reads."""
-    return [traced(version).model, f"models/{version.model}/config.pbtxt", traced(version).cases]
-
-
-class ServerChoice:
-    """The one server of a run, started when the first smoke test needs it.
-
-    Args:
-        pipeline: The declaration.
-        wanted: `auto`, `embedded`, `docker`, or the URL of a server that runs already.
-    """
-
-    def __init__(self, pipeline: Pipeline, wanted: str) -> None:
-        self.pipeline = pipeline
-        self.wanted = wanted
-        self.kind = wanted if wanted in {"embedded", "docker"} else "embedded" if wanted == "auto" else "url"
-        self.task_dep: list[str] = ["image"] if self.kind == "docker" else []
-        self._running: Any = None
-
-    def parts(self) -> keys.Parts:
-        """Return what an answer depends on beside the model: the kind of server and the recipe."""
-        server = self.wanted if self.kind == "url" else self.kind
-        wheel = keys.distribution_version("nvidia-pytriton") if self.kind == "embedded" else None
-        return {"server": server, "wheel": wheel, "recipe": keys.recipe(*_SMOKE_RECIPE)}
-
-    def get(self) -> Any:
-        """Return the running server."""
-        if self._running is None:
-            from tritonbuild import server
-
-            root = self.pipeline.root
-            if self.kind == "embedded":
-                context = server.embedded(root / "models", root / ".build")
-            elif self.kind == "url":
-                context = server.at(self.wanted)
-            else:
-                from tritonbuild import container
-
-                context = container.server(self.pipeline)
-            self._context, self._running = context, context.__enter__()
-        return self._running
-
-    def stop(self) -> None:
-        """Stop the server, if it runs; doit calls this at the end of every run, also after Ctrl-C."""
-        if self._running is not None:
-            self._running = None
-            self._context.__exit__(None, None, None)
-
-
-@_task
-def smoke(pipeline: Pipeline, version: ModelVersion, server: ServerChoice) -> None:
-    """Serve a version and compare its answers with its cases."""
-    from tritonbuild import smoke
-
-    root = pipeline.root
-    smoke.run(
-        server.get(),
-        version.model,
-        version.version,
-        cases=root / traced(version).cases,
-        config=root / f"models/{version.model}/config.pbtxt",
-        out=root / f".build/smoke/{version.label}.json",
-    )
 
 
 # ------------------------------------------------------------------------------------------------- all stages

@@ -14,6 +14,7 @@ torch, numpy or tritonclient: a doit with nothing to do stays fast (a test walks
 
 from __future__ import annotations
 
+import gc
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import doit
 from doit.exceptions import InvalidDodoFile
 
-from tritonbuild import actions, keys, spec
+from tritonbuild import actions, keys, serving, spec
 from tritonbuild.errors import SpecError
-from tritonbuild.reporter import Reporter
+from tritonbuild.reporter import BUILD, Reporter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,11 +34,16 @@ if TYPE_CHECKING:
 __all__ = [
     "DOIT_CONFIG",
     "task_check",
+    "task_compose",
     "task_config",
+    "task_image",
     "task_repository",
     "task_smoke",
     "task_trace",
 ]
+
+# A graph of thousands of tasks is made once and kept: to search it for cycles again and again costs a fifth of a run.
+gc.set_threshold(100_000, 50, 50)
 
 DOIT_CONFIG = {
     "backend": "tritonbuild",
@@ -54,7 +60,7 @@ def pipeline() -> Pipeline:
     """Return the declaration beside dodo.py; `doit pipeline=other.yaml` picks another."""
     path = Path(str(doit.get_var("pipeline", "pipeline.yaml")))
     try:
-        loaded = spec.load(path)
+        loaded = spec.load(path, BUILD / "declaration")
         actions.check_config(loaded)
     except SpecError as error:
         count = len(error.problems)
@@ -74,13 +80,14 @@ def task_check() -> dict[str, Any]:
 def task_trace() -> Iterator[dict[str, Any]]:
     """trace a model version in a child of its own and prove that it equals eager"""
     declared = pipeline()
+    same = actions.same_while(declared)
     for version in declared.all_versions():
-        yield _trace(declared, version)
+        yield _trace(declared, version, same)
 
 
-def _trace(declared: Pipeline, version: ModelVersion) -> dict[str, Any]:
+def _trace(declared: Pipeline, version: ModelVersion, same: str) -> dict[str, Any]:
     targets = list(actions.traced(version))
-    check = keys.UpToDate(declared.root, lambda: actions.trace_parts(version), targets)
+    check = keys.UpToDate(declared.root, lambda: actions.trace_parts(version), targets, same)
     return {
         "name": version.label,
         "doc": f"{version.entry_point} -> {targets[0]}",
@@ -95,11 +102,12 @@ def _trace(declared: Pipeline, version: ModelVersion) -> dict[str, Any]:
 def task_config() -> Iterator[dict[str, Any]]:
     """write a model's config.pbtxt from its declaration and its measured signature"""
     declared = pipeline()
+    same = actions.same_while(declared)
     for name in declared.models:
-        yield _config(declared, name)
+        yield _config(declared, name, same)
 
 
-def _config(declared: Pipeline, name: str) -> dict[str, Any]:
+def _config(declared: Pipeline, name: str, same: str) -> dict[str, Any]:
     targets = actions.config_targets(declared, name)
     signatures = [actions.traced(version).signature for version in declared.versions[name].values()]
     return {
@@ -108,7 +116,7 @@ def _config(declared: Pipeline, name: str) -> dict[str, Any]:
         "actions": [(actions.config, [declared, name])],
         "file_dep": signatures + actions.config_files(declared, name),
         "targets": targets,
-        "uptodate": [keys.UpToDate(declared.root, lambda: actions.config_parts(declared, name), targets)],
+        "uptodate": [keys.UpToDate(declared.root, lambda: actions.config_parts(declared, name), targets, same)],
         "clean": [(actions.remove, [targets])],
     }
 
@@ -123,21 +131,52 @@ def task_repository() -> dict[str, Any]:
     }
 
 
+def task_image() -> Iterator[dict[str, Any]]:
+    """build the Docker image that carries models/: one layer per model version"""
+    declared = pipeline()
+    if declared.image:
+        yield {
+            "basename": "image",
+            "doc": "build the Docker image that carries models/: one layer per model version",
+            "actions": [(serving.image, [declared])],
+            "task_dep": ["trace", "config", "repository"],
+            "uptodate": [serving.Image(declared).up_to_date],
+        }
+
+
+def task_compose() -> Iterator[dict[str, Any]]:
+    """write docker/compose.yaml, which serves the image"""
+    declared = pipeline()
+    if declared.image:
+        yield {
+            "basename": "compose",
+            "doc": "write docker/compose.yaml, which serves the image",
+            "actions": [(serving.compose, [declared])],
+            "targets": ["docker/compose.yaml"],
+            "uptodate": [
+                keys.UpToDate(declared.root, lambda: serving.compose_parts(declared), ["docker/compose.yaml"])
+            ],
+        }
+
+
 def task_smoke() -> Iterator[dict[str, Any]]:
     """serve a model version and compare its answers with eager PyTorch's"""
     declared = pipeline()
-    server = actions.ServerChoice(declared, str(doit.get_var("server", "auto")))
-    for version in declared.all_versions():
-        yield _smoke(declared, version, server)
+    wanted = str(doit.get_var("server", "auto"))
+    docker = wanted == "auto" and declared.image is not None and serving.Image(declared).left_out is None
+    server = serving.ServerChoice(declared, wanted, docker=docker)
+    for name, versions in declared.versions.items():
+        for number in serving.served(declared.models[name]):
+            yield _smoke(declared, versions[number], server)
 
 
-def _smoke(declared: Pipeline, version: ModelVersion, server: actions.ServerChoice) -> dict[str, Any]:
+def _smoke(declared: Pipeline, version: ModelVersion, server: serving.ServerChoice) -> dict[str, Any]:
     targets = [f".build/smoke/{version.label}.json"]
     return {
         "name": version.label,
         "doc": f"models/{version.label} on {server.kind} against its cases",
-        "actions": [(actions.smoke, [declared, version, server])],
-        "file_dep": actions.smoke_files(version),
+        "actions": [(serving.smoke, [declared, version, server])],
+        "file_dep": serving.smoke_files(version),
         "task_dep": server.task_dep,
         "targets": targets,
         "uptodate": [keys.UpToDate(declared.root, server.parts, targets)],

@@ -41,6 +41,9 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
     left_out: ClassVar[dict[str, str]] = {}
     """Task -> why this machine cannot run it; filled by the graph, shown once at the end."""
 
+    everything: ClassVar[bool] = True
+    """Whether this is a bare doit: no task was named."""
+
     def __init__(self, outstream: Any, options: dict[str, Any]) -> None:
         super().__init__(outstream, options)
         self.ran: list[str] = []
@@ -53,6 +56,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
     def initialize(self, tasks: dict[str, Task], selected_tasks: list[str]) -> None:
         """Take the project's lock; called once, before the first task is looked at."""
         super().initialize(tasks, selected_tasks)
+        Reporter.everything = len(selected_tasks) == len(tasks)
         BUILD.mkdir(exist_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)

@@ -1,0 +1,166 @@
+"""What the tasks image, compose and smoke do: build what is deployed, choose a Triton, ask it.
+
+Hides which Triton answers: the image that was just built, where Docker can build it on this machine; otherwise the
+embedded one; or a server that runs already. What a machine cannot do is left out, with the reason in one line.
+
+Source: docs/deploy.md; docs/pipeline.md, "Commands".
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from tritonbuild import keys
+from tritonbuild.actions import task, traced
+from tritonbuild.reporter import Reporter
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tritonbuild.spec import Model, ModelVersion, Pipeline
+
+_SMOKE_RECIPE = ("smoke.py", "server.py", "embedded.py", "backends/pytorch/model.py")
+
+
+class Image:
+    """The image of this project: whether this machine can build it, and whether it must.
+
+    Args:
+        pipeline: The declaration, which declares an image.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+
+    @cached_property
+    def no_engine(self) -> str | None:
+        """Why no Docker engine can be used, or None."""
+        from tritonbuild import docker
+
+        return docker.reachable()
+
+    @cached_property
+    def left_out(self) -> str | None:
+        """Why a bare doit does not build the image, or None: it does not start a download of 10 GB by itself."""
+        if self.no_engine:
+            return self.no_engine
+        from tritonbuild import docker, image
+
+        base = image.base_image(self.pipeline)
+        if docker.ask("image", "inspect", "--format", "{{.Id}}", base).code == 0:
+            return None
+        return f"its base {base} is not on this machine; `doit image` pulls it"
+
+    def up_to_date(self) -> bool:
+        """Return whether the task need not run, or cannot; then the reason closes the run."""
+        reason = self.left_out if Reporter.everything else self.no_engine
+        if reason:
+            Reporter.left_out["image"] = reason
+            return True
+        from tritonbuild import image
+
+        return image.why(self.pipeline) is None
+
+
+@task
+def image(pipeline: Pipeline) -> None:
+    """Build the image and push it where that is declared."""
+    from tritonbuild import image
+
+    sys.stdout.write(f"   {image.summary(image.build(pipeline))}\n")
+
+
+def compose_parts(pipeline: Pipeline) -> keys.Parts:
+    """Return the parts of the compose file's action key: its text follows from the declaration alone."""
+    from tritonbuild import compose
+
+    return {"files": compose.files(pipeline)}
+
+
+@task
+def compose(pipeline: Pipeline) -> None:
+    """Write docker/compose.yaml and have it checked."""
+    from tritonbuild import compose
+
+    sys.stdout.write(f"   docker/compose.yaml: accepted by {compose.write(pipeline)}\n")
+
+
+def served(model: Model) -> Mapping[int, object]:
+    """Return the versions that Triton will serve: all declared ones, unless a version policy chooses."""
+    if "version_policy" not in model.config:
+        return model.versions
+    from tritonbuild import config
+
+    return dict.fromkeys(config.served(model))
+
+
+def smoke_files(version: ModelVersion) -> list[str]:
+    """Return the files that a smoke test reads."""
+    return [traced(version).model, f"models/{version.model}/config.pbtxt", traced(version).cases]
+
+
+class ServerChoice:
+    """The one server of a run, started when the first smoke test needs it.
+
+    Args:
+        pipeline: The declaration.
+        wanted: `auto`, `embedded`, `docker`, or the URL of a server that runs already.
+        docker: Whether auto means the image.
+    """
+
+    def __init__(self, pipeline: Pipeline, wanted: str, *, docker: bool) -> None:
+        self.pipeline = pipeline
+        self.wanted = wanted
+        if wanted == "auto":
+            self.kind = "docker" if docker else "embedded"
+        else:
+            self.kind = wanted if wanted in {"embedded", "docker"} else "url"
+        self.task_dep: list[str] = ["image"] if self.kind == "docker" else []
+        self._running: Any = None
+
+    def parts(self) -> keys.Parts:
+        """Return what an answer depends on beside the model: the kind of server and the recipe."""
+        server = self.wanted if self.kind == "url" else self.kind
+        wheel = keys.distribution_version("nvidia-pytriton") if self.kind == "embedded" else None
+        return {"server": server, "wheel": wheel, "recipe": keys.recipe(*_SMOKE_RECIPE)}
+
+    def get(self) -> Any:
+        """Return the running server."""
+        if self._running is None:
+            from tritonbuild import server
+
+            root = self.pipeline.root
+            if self.kind == "embedded":
+                context = server.embedded(root / "models", root / ".build")
+            elif self.kind == "url":
+                context = server.at(self.wanted)
+            else:
+                from tritonbuild import container
+
+                context = container.server(self.pipeline)
+            self._context, self._running = context, context.__enter__()
+        return self._running
+
+    def stop(self) -> None:
+        """Stop the server, if it runs; doit calls this at the end of every run, also after Ctrl-C."""
+        if self._running is not None:
+            self._running = None
+            self._context.__exit__(None, None, None)
+
+
+@task
+def smoke(pipeline: Pipeline, version: ModelVersion, server: ServerChoice) -> None:
+    """Serve a version and compare its answers with its cases."""
+    from tritonbuild import smoke
+
+    root = pipeline.root
+    smoke.run(
+        server.get(),
+        version.model,
+        version.version,
+        cases=root / traced(version).cases,
+        config=root / f"models/{version.model}/config.pbtxt",
+        out=root / f".build/smoke/{version.label}.json",
+    )
