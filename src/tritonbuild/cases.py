@@ -213,10 +213,12 @@ def more_values(
     if len(bounded) > 1:
         draws += [f"{draw}@{name}" for draw in ("zeros", "negated", "high", "low", "large") for name in bounded]
     ordered = sorted(set(numbers), key=lambda number: (abs(number) in (0, 1, 2), abs(number)))[:40]
+    ratios = [a / b for a, b in itertools.permutations(ordered[:8], 2) if b]
     for number in ordered:
         draws += [f"fill={number!r}", f"spike={number!r}"]
     for number in ordered:
         draws += [f"fill={number * factor!r}" for factor in (1.01, 0.99, -1.0)] + [f"spike={number * 1.01!r}"]
+    draws += [f"fill={ratio!r}" for ratio in dict.fromkeys(ratios)]
     unbounded = [name for name, bounds in bounded.items() if bounds is None]
     draws += list(UNBOUNDED) if unbounded else []
     draws += [f"{draw}@{name}" for draw in UNBOUNDED for name in unbounded] if len(bounded) > 1 else []

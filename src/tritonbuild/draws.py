@@ -34,6 +34,7 @@ CORNERS = (
     "same-rows",
     "high",
     "low",
+    "smooth",
     "abs",
     "prefix",
     "sorted",
@@ -156,6 +157,8 @@ def _special_floats(x: Tensor, name: str, argument: float, bounds: tuple[float, 
             return torch.where(torch.arange(x.numel()).reshape(x.shape) % 2 == 0, high, low).to(x.dtype)
         case "prefix":
             return torch.where(_prefix(x), x, rest)
+        case "smooth":
+            return _smooth(x)
         case "one-hot" | "spike":
             out = torch.full_like(x, rest)
             if x.dim() and x.numel():
@@ -199,6 +202,8 @@ def _special_integers(
             return ends[1 - torch.arange(x.numel()).reshape(x.shape) % 2]
         case "prefix":
             return torch.where(_prefix(x), x if high - low > 1 else high, low)
+        case "smooth" if high - low > 15:
+            return _smooth(x.to(torch.float64)).round().to(x.dtype)
         case "one-hot":
             out = torch.full_like(x, low)
             if x.dim() and x.numel():
@@ -213,6 +218,20 @@ def _special_integers(
             out = x.clone().contiguous()
             out.view(-1)[0] = argument
             return out
+    return x
+
+
+def _smooth(x: Tensor) -> Tensor:
+    """Return values that change slowly along the last two axes, as in images: noise has no neighbours alike."""
+    if x.dim() < 2 or not x.numel():
+        return x.sort().values
+    for axis in {x.dim() - 1, max(x.dim() - 2, 1)}:
+        size = x.shape[axis]
+        at = torch.linspace(0, max(size // 8, 1), size, dtype=torch.float64).clamp(max=size - 1)
+        left = at.floor().long()
+        right = (left + 1).clamp(max=size - 1)
+        part = (at - left).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1 - axis))
+        x = x.index_select(axis, left) * (1 - part) + x.index_select(axis, right) * part
     return x
 
 

@@ -152,10 +152,10 @@ class Observation:
     depth: int = 0
     bytes: int = 0
 
-    def path(self) -> int:
-        """Return a digest of the way that Python's code went: its jumps, and the bools that left torch."""
-        bools = tuple(escape.value for escape in self.escapes if escape.kind == "bool")
-        return hash((tuple(self.steps), bools))
+    def same_way(self, other: Observation) -> bool:
+        """Return whether Python's code went the same way: the same instructions, the same bools that left torch."""
+        bools, others = ([e.value for e in seen.escapes if e.kind == "bool"] for seen in (self, other))
+        return bools == others and list(self.steps) == list(other.steps)
 
 
 def called_random(seen: Observation) -> list[tuple[str, Site | None]]:

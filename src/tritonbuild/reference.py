@@ -39,6 +39,7 @@ _EXTRA_S = 0.25
 """Seconds for planned cases beyond the kept ones; a model whose kept cases take longer gets half of theirs."""
 
 _CHANCE_S = 0.3
+_LONG_S = 2.0
 
 
 class Reference:
@@ -316,6 +317,9 @@ class Reference:
                 break
             if not self._fits(case.sizes):
                 self.note(f"case {case} was left out: it may not fit into memory")
+                continue
+            if self._expected_s(case.sizes) > max(_LONG_S, self.version.trace.budget_s / 4):
+                self.note(f"case {case} was left out: it would take {self._expected_s(case.sizes):.0f} s (budget_s)")
                 continue
             found = self.answer(case)
             if not isinstance(found, Failure):
