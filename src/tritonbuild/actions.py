@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from doit.exceptions import TaskFailed
@@ -133,6 +133,17 @@ def traced(version: ModelVersion) -> Traced:
         cases=f".build/cases/{version.label}.safetensors",
         proof=f".build/proof/{version.label}.json",
     )
+
+
+def is_stored(task_name: str) -> bool:
+    """Return whether the results of a task are kept in a store."""
+    return task_name.startswith(("trace:", "smoke:"))
+
+
+def stored_name(target: str) -> str:
+    """Return the name of a target in a stored result: `model.pt`, `cases.safetensors`, ..."""
+    path = PurePosixPath(target)
+    return f"{path.parts[1]}{path.suffix}" if path.parts[0] == ".build" else path.name
 
 
 def trace_files(pipeline: Pipeline, version: ModelVersion) -> list[str]:

@@ -15,6 +15,7 @@ import importlib.metadata
 import inspect
 import json
 import os
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from doit.dependency import FileChangedChecker
 
-from tritonbuild import state
+from tritonbuild import outlines, state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -92,6 +93,29 @@ def edited(root: Path, stamps: Mapping[str, Stamp | None]) -> list[str]:
     return [path for path, before in stamps.items() if stamp(root / path) != before]
 
 
+@dataclass(frozen=True)
+class Reason:
+    """Why a task must run.
+
+    Attributes:
+        text: In words, such as `declaration: inputs.image.shape: [1] -> [2]`.
+        where: The steps to the part of the key that differs; none when it is not a part.
+        before: That part as it was at the last success.
+        after: That part now.
+    """
+
+    text: str
+    where: tuple[str, ...] = ()
+    before: Any = None
+    after: Any = None
+
+    @classmethod
+    def of(cls, where: tuple[str, ...], before: Any, after: Any) -> Reason:
+        """Return the reason for a part that differs."""
+        steps = ": ".join(filter(None, (where[0], ".".join(where[1:]))))
+        return cls(f"{steps}: {_short(before)} -> {_short(after)}", where, before, after)
+
+
 class UpToDate:
     """An up-to-date check for doit: compares the key of now with that of the last success, then the targets.
 
@@ -123,32 +147,32 @@ class UpToDate:
         task.value_savers.append(lambda: self._remember(task.values))
         return not self.reasons(task.name, values)
 
-    def reasons(self, task: str, values: Mapping[str, Any]) -> list[str]:
+    def reasons(self, task: str, values: Mapping[str, Any]) -> list[Reason]:
         """Return why the task must run: each part of its key that differs, or the targets; nothing when up to date."""
         if "key" not in values:
-            return ["never finished on this machine, or forgotten"]
+            return [Reason("never finished here, or forgotten")]
         memory = state.current()
         if self.same_while is None or self.same_while != values["same_while"]:
             if action_key(self.parts()) != values["base"]:
                 now = self.complete(values["files"], values["distributions"])
-                return differences(memory.parts(task), now) or ["the order of what is declared"]
+                return differences(memory.parts(task), now) or [Reason("the order of what is declared differs")]
             if self.same_while is not None:
                 memory.refresh(task, "same_while", self.same_while)
         digest_of, base = memory.files.digest, f"{self.root}/"
         reasons = [
-            f"files: {path}: {_short(before)} -> {_short(digest_of(base + path))}"
+            Reason.of(("files", path), before, digest_of(base + path))
             for path, before in values["files"].items()
             if digest_of(base + path) != before
         ]
         for name, before in values["distributions"].items():
             if distribution_version(name) != before:
-                reasons.append(f"distributions: {name}: {before} -> {distribution_version(name)}")
+                reasons.append(Reason.of(("distributions", name), before, distribution_version(name)))
         for path, written in values["targets"].items():
             found = digest_of(base + path)
             if found != written:
-                reasons.append(f"{path} is missing" if found is None else f"{path} was changed by hand")
+                reasons.append(Reason(f"{path} is missing" if found is None else f"{path} was changed by hand"))
         if not reasons and len(values["targets"]) != len(self.targets):
-            return ["writes other files than before"]
+            return [Reason("writes other files than before")]
         return reasons
 
     def complete(self, files: Iterable[str], distributions: Iterable[str]) -> Parts:
@@ -163,6 +187,7 @@ class UpToDate:
     def _remember(self, found: dict[str, Any]) -> dict[str, Any]:
         files, distributions = list(found.get("files", ())), list(found.get("distributions", ()))
         parts = self.complete(files, distributions)
+        outlines.keep(self.root, parts.get("files", {}))
         for path in edited(self.root, found.pop("stamps", {})):
             # Nobody knows which text the task has read, so it runs again.
             parts["files"][path] = _EDITED
@@ -177,24 +202,23 @@ class UpToDate:
         }
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return each part that differs, as `declaration: inputs.image.shape: [1] -> [2]`."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], above: tuple[str, ...] = ()) -> list[Reason]:
+    """Return each part that differs."""
     found = []
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key), new.get(key)
         if before == after:
             continue
-        where = f"{prefix}{key}"
         if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{where}." if prefix else f"{where}: ")
+            found += differences(before, after, (*above, str(key)))
         else:
-            found.append(f"{where}: {_short(before)} -> {_short(after)}")
+            found.append(Reason.of((*above, str(key)), before, after))
     return found
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Return the first part that differs, or None."""
-    return next(iter(differences(old, new)), None)
+    """Return the first part that differs, as `declaration: inputs.image.shape: [1] -> [2]`, or None."""
+    return next((reason.text for reason in differences(old, new)), None)
 
 
 def _short(value: object) -> str:

@@ -129,9 +129,11 @@ class State:
 
     def dump(self) -> None:
         """Write what is left and close; doit calls this at the end of a command."""
-        rows = [(name, json.dumps(self._tasks[name])) for name in self._refreshed if name in self._texts]
+        # Only where it is as it was read: a command that holds no lock must not undo what a run has written meanwhile.
+        known = self._refreshed & self._texts.keys()
+        rows = [(json.dumps(self._tasks[name]), name, self._texts[name]) for name in known]
         with self._connection:
-            self._connection.executemany("insert or replace into tasks values (?, ?)", rows)
+            self._connection.executemany("update tasks set data = ? where name = ? and data = ?", rows)
             self.files.flush()
         self._connection.close()
 

@@ -129,22 +129,25 @@ def _remember(memory: Path, key: bytes, content: Any) -> None:
 
 def place(path: Path, location: Location) -> str:
     """Return `pipeline.yaml:9: models.pnet.config` for a location, or its nearest parent that is in the file."""
-    return _Lines(path).place(location)
+    return Lines(path).place(location)
 
 
 def render(path: Path, problems: Iterable[Problem]) -> list[str]:
     """Return one line a problem, in the order of the file's lines."""
-    lines = _Lines(path)
+    lines = Lines(path)
     placed = sorted((lines.line(location), f"{lines.place(location)}: {what}") for location, what in problems)
     return list(dict.fromkeys(text for _, text in placed))
 
 
-class _Lines:
+class Lines:
+    """Where things stand in a YAML file."""
+
     def __init__(self, path: Path) -> None:
         self.name = path.name
         self.root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
 
     def line(self, location: Location) -> int:
+        """Return the line of a location, or of its nearest parent that is in the file."""
         node: Any = self.root
         line = 1
         for step in location:
@@ -162,6 +165,7 @@ class _Lines:
         return line
 
     def place(self, location: Location) -> str:
+        """Return `pipeline.yaml:9: models.pnet.config`."""
         where = f"{self.name}:{self.line(location)}"
         return f"{where}: {dotted(location)}" if location else where
 
