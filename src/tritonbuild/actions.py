@@ -176,20 +176,20 @@ def trace(pipeline: Pipeline, version: ModelVersion, check: keys.UpToDate) -> di
 
     root, to = pipeline.root, traced(version)
     results = store.of(root, pipeline.store)
-    with _Scratch(root) as out:
-        values = _fetch(results, check, out, f"trace {version.label}") or _trace(results, root, version, check, out)
+    with Scratch(root) as out:
+        values = fetch(results, check, out, f"trace {version.label}") or _trace(results, root, version, check, out)
         for name, target in (
             ("signature.json", to.signature),
             ("cases.safetensors", to.cases),
             ("proof.json", to.proof),
         ):
-            _put(out / name, root / target)
+            put(out / name, root / target)
         repository.publish(root, version.model, {"model.pt": out / "model.pt"}, version.version)
     results.share()
     return values
 
 
-def _fetch(results: Store, check: keys.UpToDate, out: Path, what: str) -> dict[str, Any] | None:
+def fetch(results: Store, check: keys.UpToDate, out: Path, what: str) -> dict[str, Any] | None:
     """Return the values of the task if its result is in a store; the files are then in `out`."""
     stamps: dict[str, keys.Stamp | None] = {}
 
@@ -256,7 +256,7 @@ def _publish_failure(root: Path, version: ModelVersion, out: Path, error: BuildE
     )
     result.update(verdict="failed", error=str(error))
     path.write_text(json.dumps(result, indent=2) + "\n")
-    _put(path, root / traced(version).proof)
+    put(path, root / traced(version).proof)
 
 
 # ---------------------------------------------------------------------------------------------------- config
@@ -357,7 +357,7 @@ def remove(paths: Sequence[str], dryrun: bool = False) -> None:
             folder.rmdir()
 
 
-class _Scratch(tempfile.TemporaryDirectory[str]):
+class Scratch(tempfile.TemporaryDirectory[str]):
     """A temporary folder under .build, on the file system of the targets, as a Path."""
 
     def __init__(self, root: Path) -> None:
@@ -369,6 +369,7 @@ class _Scratch(tempfile.TemporaryDirectory[str]):
         return Path(super().__enter__())
 
 
-def _put(source: Path, target: Path) -> None:
+def put(source: Path, target: Path) -> None:
+    """Move a whole file into its place, in one step."""
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(source, target)

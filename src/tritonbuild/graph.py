@@ -172,14 +172,15 @@ def task_smoke() -> Iterator[dict[str, Any]]:
 
 def _smoke(declared: Pipeline, version: ModelVersion, server: serving.ServerChoice) -> dict[str, Any]:
     targets = [f".build/smoke/{version.label}.json"]
+    check = keys.UpToDate(declared.root, lambda: serving.smoke_parts(declared, version, server), targets)
     return {
         "name": version.label,
         "doc": f"models/{version.label} on {server.kind} against its cases",
-        "actions": [(serving.smoke, [declared, version, server])],
+        "actions": [(serving.smoke, [declared, version, server, check])],
         "file_dep": serving.smoke_files(version),
         "task_dep": server.task_dep,
         "targets": targets,
-        "uptodate": [keys.UpToDate(declared.root, server.parts, targets)],
+        "uptodate": [check],
         "teardown": [server.stop],
         "clean": [(actions.remove, [targets])],
     }

@@ -108,10 +108,12 @@ class Foresight:
         for check, _, _ in status.reasons["uptodate_false"]:
             if isinstance(check, keys.UpToDate):
                 for reason in check.reasons(task.name, values):
+                    if reason.where[:1] == ("files",) and self.owners.get(reason.where[1]) in self.steps:
+                        continue  # what that task leaves decides: see _after
                     yield self._in_words(task.name, reason)
             else:
                 yield f"{getattr(check, '__qualname__', check)} says so"
-        told = set(values.get("files", {}))
+        told = {*values.get("files", {}), *task.targets}
         for path in status.reasons["changed_file_dep"] or ():
             if self.owners.get(path) not in self.steps and path not in told and "key" in values:
                 yield f"{path} changed" if self.memory.checker.info(path) != "missing" else f"{path} is missing"

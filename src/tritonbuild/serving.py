@@ -8,12 +8,14 @@ Source: docs/deploy.md; docs/pipeline.md, "Commands".
 
 from __future__ import annotations
 
+import shutil
 import sys
+import time
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tritonbuild import keys
-from tritonbuild.actions import task, traced
+from tritonbuild.actions import Scratch, fetch, put, task, traced
 from tritonbuild.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -96,6 +98,15 @@ def served(model: Model) -> Mapping[int, object]:
     return dict.fromkeys(config.served(model))
 
 
+def smoke_parts(pipeline: Pipeline, version: ModelVersion, server: ServerChoice) -> keys.Parts:
+    """Return the parts of a smoke test's action key: the server, and the bytes that it serves and is compared with."""
+    parts = server.parts()
+    if server.is_known:
+        parts["device"] = keys.device_kind()
+        parts["files"] = keys.file_digests(pipeline.root, smoke_files(version))
+    return parts
+
+
 def smoke_files(version: ModelVersion) -> list[str]:
     """Return the files that a smoke test reads."""
     return [traced(version).model, f"models/{version.model}/config.pbtxt", traced(version).cases]
@@ -118,6 +129,8 @@ class ServerChoice:
         else:
             self.kind = wanted if wanted in {"embedded", "docker"} else "url"
         self.task_dep: list[str] = ["image"] if self.kind == "docker" else []
+        # Equal on every machine: a verdict about the same bytes counts there too. An image or a URL may be anything.
+        self.is_known = self.kind == "embedded"
         self._running: Any = None
 
     def parts(self) -> keys.Parts:
@@ -151,16 +164,34 @@ class ServerChoice:
 
 
 @task
-def smoke(pipeline: Pipeline, version: ModelVersion, server: ServerChoice) -> None:
-    """Serve a version and compare its answers with its cases."""
-    from tritonbuild import smoke
+def smoke(
+    pipeline: Pipeline, version: ModelVersion, server: ServerChoice, check: keys.UpToDate
+) -> dict[str, Any] | None:
+    """Serve a version and compare its answers with its cases, unless a store holds the verdict on the same bytes."""
+    from tritonbuild import smoke, store
+    from tritonbuild.results import describe, reads
 
     root = pipeline.root
-    smoke.run(
-        server.get(),
-        version.model,
-        version.version,
-        cases=root / traced(version).cases,
-        config=root / f"models/{version.model}/config.pbtxt",
-        out=root / f".build/smoke/{version.label}.json",
-    )
+    target = root / f".build/smoke/{version.label}.json"
+    results = store.of(root, pipeline.store)
+    with Scratch(root) as out:
+        known = fetch(results, check, out, f"smoke {version.label}") if server.is_known else None
+        if known:
+            put(out / "smoke.json", target)
+            return known
+        started = time.perf_counter()
+        smoke.run(
+            server.get(),
+            version.model,
+            version.version,
+            cases=root / traced(version).cases,
+            config=root / f"models/{version.model}/config.pbtxt",
+            out=target,
+        )
+        if server.is_known:
+            shutil.copyfile(target, out / "smoke.json")
+            key = keys.action_key(check.parts())
+            seconds = time.perf_counter() - started
+            results.keep(describe(key, key, out, ["smoke.json"], reads((), ()), seconds), out)
+    results.share()
+    return None
