@@ -97,8 +97,12 @@ class _Embedded(Server):
         while pending:
             wave = self._next_wave(pending, keep=models)
             pending = pending[len(wave) :]
-            with slow(f"loading {', '.join(wave)}"), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-                failures = [failure for failure in threads.map(self._load_one, wave) if failure]
+            threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+            try:
+                with slow(f"loading {', '.join(wave)}"):
+                    failures = [failure for failure in threads.map(self._load_one, wave) if failure]
+            finally:
+                threads.shutdown(wait=False, cancel_futures=True)  # a Ctrl-C does not wait for what is loading
             if failures:
                 raise failures[0]
 
