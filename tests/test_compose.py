@@ -72,9 +72,7 @@ def test_the_schema_refuses_what_compose_would(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "compose.yaml").write_text("services: {triton: {image: vision, restart: always, port: [80]}}\n")
     with pytest.raises(ImageError) as raised:
         compose.check(tmp_path, ["compose.yaml"])
-    assert str(raised.value) == (
-        "compose.yaml: services.triton: 'port' does not match any of the regexes: '^x-'"
-    )
+    assert str(raised.value) == ("compose.yaml: services.triton: 'port' does not match any of the regexes: '^x-'")
 
 
 @pytest.mark.docker

@@ -318,7 +318,12 @@ def _buildkit_client() -> str | None:
 @pytest.mark.docker
 @pytest.mark.usefixtures("images")
 class TestBuild:
-    def test_one_of_twenty_models_changed(self, tmp_path: Path, loopback: registry.Registry) -> None:
+    def test_one_of_twenty_models_changed(
+        self, tmp_path: Path, loopback: registry.Registry, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if client := _buildkit_client():  # the quicker one; both are compared below
+            monkeypatch.setenv("PATH", f"{client}:{os.environ['PATH']}")
+            monkeypatch.setenv("DOCKER_BUILDKIT", "1")
         pipeline = declare(tmp_path / "p", 20, name=f"{loopback.address}/tritonbuild-test-20", more=", push: true")
         publish(pipeline)
         assert image.why(pipeline) == "never built on this machine"
@@ -427,6 +432,13 @@ class TestBuild:
         docker.ask("image", "rm", "--no-prune", BASE)
         assert image.why(pipeline) is None  # not pulled again only to find that out
         import_base()
+
+    def test_a_model_that_went_missing(self, tmp_path: Path) -> None:
+        pipeline = declare(tmp_path, 1, name="tritonbuild-test-missing")
+        publish(pipeline)
+        image.build(pipeline)
+        (tmp_path / "models/m00/1/model.pt").unlink()
+        assert image.why(pipeline) == "models/m00/1 is missing"
 
     def test_without_a_record(self, tmp_path: Path) -> None:
         pipeline = declare(tmp_path, 1)

@@ -89,18 +89,20 @@ def _is_ready(url: str) -> bool:
 
 def _ended(where: str, code: int, log: Path | None) -> BuildError:
     text = log.read_text(errors="replace") if log else ""
-    if code == 125:  # docker run's own failure
+    if code in {125, 126, 127}:  # docker run's own failure, or the command cannot be run
         return docker.complaint(where, text, ServerError)
     # Triton's table of what did not load: | name | version | UNAVAILABLE: reason |
     failed = re.findall(r"^\| (\S+) +\| (\d+) +\| UNAVAILABLE: (.*?) +\|$", text, re.MULTILINE)
     reason = "; ".join(f"{model}/{version} did not load: {why}" for model, version, why in failed)
-    return ServerError(where, f"{reason or _end_of(code)} (exit code {code})", f"log: {log}")
+    tail = [] if reason or code == 137 else [line for line in text.splitlines() if line.strip() and line[0] not in "|+"]
+    return ServerError(where, reason or _end_of(code), *tail[-6:], f"log: {log}")
 
 
 def _end_of(code: int) -> str:
     if code == 137:
         return f"was killed, from outside or for using more than {_memory_bytes() / 2**30:.0f} GiB of memory"
-    return "crashed with a segmentation fault" if code == 139 else "the server ended"
+    how = "crashed with a segmentation fault" if code == 139 else f"ended with exit code {code}"
+    return f"the server {how}; the last lines of its log follow"
 
 
 @contextmanager

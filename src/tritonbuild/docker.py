@@ -195,6 +195,11 @@ _COMPLAINTS = (
         ("port is already allocated", "address already in use"),
     ),
     _Complaint(
+        "the image has no such program",
+        "take a Triton image as the base",
+        ("executable file not found",),
+    ),
+    _Complaint(
         "the registry does not speak HTTPS",
         "give it a certificate, or add it to the engine's insecure-registries",
         ("server gave HTTP response to HTTPS client",),

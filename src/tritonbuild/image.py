@@ -3,7 +3,7 @@
 One layer per model version, so that one changed model of fifty moves one layer. Hides what makes a layer's digest the
 same on every machine and with both builders: each layer is a tar file in .build/context, equal bytes for equal
 content, which the Dockerfile unpacks with ADD. COPY cannot do it: folders that it makes, and with BuildKit also
-those that it adds, get the time of the build (measured). The tar file's own time follows from its content:
+those that it copies, get the time of the build (measured). The tar file's own time follows from its content:
 BuildKit takes a file of equal size and time for unchanged and does not read it again.
 
 Source: measured on Docker 20.10 with the classic builder and BuildKit; docs.docker.com/reference/dockerfile;
@@ -186,8 +186,6 @@ def _pack(root: Path, target: Path, files: Mapping[str, str]) -> None:
     new.replace(target)
 
 
-# ---------------------------------------------------------------------------------------------- known weaknesses
-
 # Releases before the first are open to what follows. 25.07: NVIDIA's bulletin 5687, cited by its maintainers in
 # triton-inference-server/pytriton#108. 26.04: projects that moved there because of bulletin 5828 say so; unconfirmed.
 _FLOORS = (
@@ -225,7 +223,10 @@ def why(pipeline: Pipeline) -> str | None:
         return "never built on this machine"
     # A base that was removed after the build is not pulled again to find out that nothing has changed.
     base = _image_id(base_image(pipeline)) or (known["base"]["name"] == base_image(pipeline) and known["base"]["id"])
-    difference = keys.difference(known["parts"], _parts(pipeline, _contents(pipeline), base))
+    try:
+        difference = keys.difference(known["parts"], _parts(pipeline, _contents(pipeline), base))
+    except ImageError as error:
+        return error.what
     if difference:
         return difference
     wanted = names(pipeline, known["tag"])
@@ -348,12 +349,11 @@ def _build_command(
 
 def _origin(root: Path) -> dict[str, str]:
     """Return the labels for the commit and the address of the source, without a password that may be in it."""
-    found = {
-        "org.opencontainers.image.revision": ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-        "org.opencontainers.image.source": ["config", "--get", "remote.origin.url"],
-    }
     labels = {}
-    for label, command in found.items():
+    for label, command in (
+        ("org.opencontainers.image.revision", ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]),
+        ("org.opencontainers.image.source", ["config", "--get", "remote.origin.url"]),
+    ):
         try:
             done = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=False)
         except FileNotFoundError:

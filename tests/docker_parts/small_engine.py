@@ -29,6 +29,9 @@ def running(folder: Path, megabytes: int) -> Iterator[tuple[str, subprocess.Pope
         with (folder / "log").open("w") as log:
             process = subprocess.Popen(
                 [
+                    # In a network of its own: an engine without a bridge removes docker0, which is another engine's.
+                    "unshare",
+                    "--net",
                     "dockerd",
                     f"--data-root={data}",
                     f"--exec-root={folder}/exec",
