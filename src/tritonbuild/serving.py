@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from tritonbuild.spec import Model, ModelVersion, Pipeline
 
-_SMOKE_RECIPE = ("smoke.py", "server.py", "embedded.py", "backends/pytorch/model.py")
+_SMOKE_RECIPE = ("smoke.py", "served.py", "server.py", "embedded.py", "backends/pytorch/model.py")
 
 
 class Image:
