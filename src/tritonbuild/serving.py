@@ -78,7 +78,7 @@ def compose_parts(pipeline: Pipeline) -> keys.Parts:
     """Return the parts of the compose file's action key: its text follows from the declaration alone."""
     from tritonbuild import compose
 
-    return {"files": compose.files(pipeline)}
+    return {"texts": compose.files(pipeline)}
 
 
 @task
