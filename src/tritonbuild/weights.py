@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 import zipfile
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from tritonbuild.spec import ModelVersion
 
 _SHOWN = 3
+_CODE = re.compile(r"GLOBAL (\S+)")  # how torch names what weights_only refuses
 
 
 def read(version: ModelVersion, root: Path) -> dict[str, Tensor]:
@@ -82,12 +84,11 @@ def _pickled(path: Path, name: str, where: str) -> dict[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        text = str(error)
-        what = "it holds more than tensors, which would run code when it is read"
-        for sign in ("Unsupported global: GLOBAL ", "Trying to load unsupported GLOBAL "):
-            if sign in text:
-                what += f" ({text.partition(sign)[2].split()[0]})"
-                break
+        name_of_code = _CODE.search(str(error))
+        what = "it is no file that torch.save wrote"
+        if name_of_code:
+            what = f"it holds more than tensors, which would run code when it is read ({name_of_code[1]})"
+
         raise TraceError(where, f"weights {name}: {what}", _ONLY_STATE) from error
     except Exception as error:
         text = " ".join(str(error).split())[:200]
