@@ -30,16 +30,35 @@ if TYPE_CHECKING:
     from tritonbuild.spec import ModelVersion, Pipeline
     from tritonbuild.store import Store
 
+# All that the stage imports of ours, but for what only words depend on; a test holds these lists complete.
 _TRACE_RECIPE = (
-    "trace.py",
-    "wrap.py",
-    "candidates.py",
     "archive.py",
+    "batching.py",
+    "calling.py",
+    "calls.py",
+    "candidates.py",
     "cases.py",
-    "proof.py",
+    "chance.py",
+    "climb.py",
+    "compare.py",
+    "diagnose.py",
+    "draws.py",
+    "dtypes.py",
+    "entry.py",
     "graphs.py",
-    "monitors.py",
     "hazards.py",
+    "history.py",
+    "memory.py",
+    "monitors.py",
+    "proof.py",
+    "reference.py",
+    "releases.py",
+    "scripting.py",
+    "trace.py",
+    "trial.py",
+    "weights.py",
+    "wrap.py",
+    "releases.json",
 )
 _CONFIG_RECIPE = ("config.py", "config_rules.py", "config_tensors.py", "message.py", "dtypes.py")
 

@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
     from tritonbuild.spec import Model, ModelVersion, Pipeline
 
-_SMOKE_RECIPE = ("smoke.py", "served.py", "server.py", "embedded.py", "backends/pytorch/model.py")
+_SMOKE_RECIPE = (
+    "smoke.py",
+    "served.py",
+    "server.py",
+    "embedded.py",
+    "message.py",
+    "dtypes.py",
+    "backends/pytorch/model.py",
+)
 
 
 class Image:
