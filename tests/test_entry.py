@@ -109,13 +109,12 @@ def test_dotted_attributes_functions_and_classes_from_src(project: Project) -> N
     assert isinstance(declared.builder()().module, torch.nn.Sequential)
 
 
-def test_the_projects_modules_win_over_installed_ones(project: Project) -> None:
+def test_the_projects_modules_win_over_installed_ones(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     (project.root / "colorsys.py").write_text("import torch\nNet = torch.nn.Tanh\n")
-    sys.modules.pop("colorsys", None)
-    try:
-        assert isinstance(project.declare(entry_point="colorsys:Net").builder()().module, torch.nn.Tanh)
-    finally:
-        sys.modules.pop("colorsys", None)
+    assert isinstance(project.declare(entry_point="colorsys:Net").builder()().module, torch.nn.Tanh)
+    sys.modules.pop("colorsys")
 
 
 SOURCES = {
@@ -174,11 +173,26 @@ SOURCES = {
             "different device."
         ),
     ),
+    "is compiled": (
+        "def Net():\n    return torch.compile(nn.Linear(4, 4))\n",
+        (
+            'entry point "{m}:Net" returned what torch.compile made, which cannot become TorchScript\n'
+            "    return the model itself"
+        ),
+    ),
+    "is lazy": (
+        "def Net():\n    return nn.Sequential(nn.LazyLinear(4))\n",
+        (
+            'entry point "{m}:Net": the parameter 0.weight has no size before the first call\n'
+            "    use the module that is not lazy, such as Linear for LazyLinear, or declare weights"
+        ),
+    ),
     "wants to download": (
         "import urllib.request\n\ndef Net():\n    urllib.request.urlopen('http://localhost:9/weights.pth')\n",
         (
             'entry point "{m}:Net" raises URLError: <urlopen error [Errno 111] Connection refused> ({m}.py:7)\n'
-            "    nothing can be downloaded here; fetch the file elsewhere and declare weights: {path: ...}"
+            "    nothing can be downloaded here; fetch the file elsewhere, declare weights: {path: ...}, and\n"
+            "    leave out the kwarg that asks for the download"
         ),
     ),
 }

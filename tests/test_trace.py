@@ -12,6 +12,7 @@ import torch
 from declared import Declared, Project, loaded
 
 from tritonbuild import trace, worker
+from tritonbuild.candidates import Attempt
 from tritonbuild.errors import BuildError, ProofError, TraceError
 
 if TYPE_CHECKING:
@@ -141,6 +142,34 @@ def test_auto_scripts_the_whole_where_the_model_itself_decides(project: Project)
     _, proof = run(declared)
     assert proof["candidate"] == "script"
     assert proof["tried"][0]["why_not"].startswith("loop-over-length: case ")
+
+
+def test_auto_scripts_what_the_proof_blames_where_nothing_warned(project: Project) -> None:
+    """The whole cannot be scripted; torch.jit.trace has not warned about the submodule that decides."""
+    source = """
+    class Total(nn.Module):
+        def forward(self, x: Tensor):
+            total = torch.zeros_like(x[:, 0])
+            for column in x.unbind(1):
+                total = total * 2 + column
+            return total
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.totals = nn.ModuleDict({"one": Total()})
+
+        def forward(self, x, *more):
+            return self.totals["one"](x)
+    """
+    axes = {"n": {"example": 3, "max": 6}}
+    declared = project.declare(source, inputs={"x": ["batch", "n"]}, axes=axes)
+    _, proof = run(declared)
+    assert proof["candidate"] == "trace with scripted totals.one"
+    assert proof["tried"][0]["why_not"].startswith("loop-over-length: ")
+    attempt = Attempt(declared.measured(), declared.example(), ())
+    attempt()
+    assert attempt.warnings == []
 
 
 def test_a_wrong_trace_does_not_pass(project: Project) -> None:

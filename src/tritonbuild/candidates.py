@@ -10,9 +10,11 @@ Source: torch/jit/_trace.py and _script.py; DESIGN's measurement of what scripti
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import torch
@@ -26,7 +28,6 @@ from tritonbuild.yamlfile import closest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
     from types import FrameType
 
     from torch import Tensor
@@ -62,6 +63,11 @@ class Candidate(NamedTuple):
 class Attempt:
     """Makes a TorchScript from a fresh model.
 
+    Attributes:
+        warnings: What the tracer warned about, once it is made.
+        traced: Whether it is a trace, with scripted parts or without.
+        blamed: Lines that a proof blames, `src/zoo/text.py:12`; who proves it adds them.
+
     Args:
         build: Returns a fresh model behind its measured interface.
         example: The inputs to trace with.
@@ -71,6 +77,7 @@ class Attempt:
     def __init__(self, build: Builder, example: Sequence[Tensor], names: Sequence[str] | None) -> None:
         self.warnings: list[TracerWarning] = []
         self.traced = names is not None
+        self.blamed: list[str] = []
 
         self._build = build
         self._example = example
@@ -114,7 +121,8 @@ class Attempt:
 def candidates(version: ModelVersion, build: Callable[[], nn.Module], example: Sequence[Tensor]) -> Iterator[Candidate]:
     """Yield the TorchScripts to try, in order.
 
-    What follows the first depends on its warnings, so make each before the next is asked for.
+    What follows the first depends on its warnings and on what it is blamed for, so make and prove each before the next
+    is asked for.
 
     Args:
         version: The declaration; `trace.method` and `trace.script` choose.
@@ -134,7 +142,9 @@ def candidates(version: ModelVersion, build: Callable[[], nn.Module], example: S
     yield Candidate(_description(names), first)
     if version.trace.method == "trace":
         return
-    guilty = outermost([warning.module for warning in first.warnings if warning.module])
+    guilty = outermost(
+        [*(warning.module for warning in first.warnings if warning.module), *_owners(first.blamed, build)]
+    )
     more = tuple(name for name in guilty if outermost([*names, name]) != outermost(names))
     if more:
         both = (*names, *more)
@@ -151,6 +161,25 @@ def outermost(names: Sequence[str]) -> tuple[str, ...]:
     """Return the names without those inside another one, each once."""
     unique = list(dict.fromkeys(names))
     return tuple(name for name in unique if not any(name.startswith(f"{other}.") for other in unique))
+
+
+def _owners(places: Sequence[str], build: Builder) -> list[str]:
+    """Return the submodules whose class has one of the lines in a method."""
+    blamed = {
+        (Path(file).resolve(), int(line)) for file, _, line in (place.rpartition(":") for place in places) if file
+    }
+    return [name for name, kind in build.submodules.items() if blamed and blamed & _lines(kind)]
+
+
+def _lines(kind: type[nn.Module]) -> frozenset[tuple[Path, int]]:
+    codes = [part.__code__ for base in kind.__mro__ for part in vars(base).values() if inspect.isfunction(part)]
+    return frozenset(
+        (Path(code.co_filename).resolve(), line)
+        for code in codes
+        if is_user_code(code.co_filename)
+        for _, _, line in code.co_lines()
+        if line
+    )
 
 
 def script_submodule(model: nn.Module, name: str) -> None:
@@ -245,7 +274,7 @@ def _located(message: str, filename: str, lineno: int, names: dict[int, str]) ->
 def _check_names(names: Sequence[str], build: Builder) -> None:
     for name in names:
         if name not in build.submodules:
-            known = ", ".join(build.submodules[:8]) + (", ..." if len(build.submodules) > 8 else "")
+            known = ", ".join([*build.submodules][:8]) + (", ..." if len(build.submodules) > 8 else "")
             raise TraceError(
                 f"trace {build.version.label}",
                 f'trace: script: the model has no submodule "{name}"{closest(name, build.submodules)}',

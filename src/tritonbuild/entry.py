@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from tritonbuild import calling, weights
 from tritonbuild.errors import BuildError, TraceError
@@ -52,7 +53,7 @@ class Builder:
         self.root = root
         self.device = device
         self.interface: Interface | None = None
-        self.submodules: tuple[str, ...] = ()
+        self.submodules: dict[str, type[nn.Module]] = {}
         self._where = f"trace {version.label}"
         self._entry = f'entry point "{version.entry_point}"'
         module, _, attributes = version.entry_point.partition(":")
@@ -71,15 +72,17 @@ class Builder:
             module = self._built()
         if self._weights is not None:
             weights.load(module, self._weights, self.version)
+        self._check_parameters(module)
         try:
-            module = module.eval().to(self.device)
+            module.eval()
+            module.to(self.device)
             for parameter in module.parameters():
                 parameter.requires_grad_(False)
         except Exception as error:
             raise self.raised(f"moving the model to {self.device}", error) from error
         if self.interface is None:
             self.interface = Interface(self.version, calling.styles(module, self.version))
-            self.submodules = tuple(name for name, _ in module.named_modules() if name)
+            self.submodules = {name: type(part) for name, part in module.named_modules() if name}
         return flat(module, self.interface)
 
     def raised(self, what: str, error: BaseException) -> TraceError:
@@ -94,7 +97,10 @@ class Builder:
         sys.stdout.write("".join(traceback.format_exception(error)))
         advice: tuple[str, ...] = ()
         if _is_network(error):
-            advice = ("nothing can be downloaded here; fetch the file elsewhere and declare weights: {path: ...}",)
+            advice = (
+                "nothing can be downloaded here; fetch the file elsewhere, declare weights: {path: ...}, and",
+                "leave out the kwarg that asks for the download",
+            )
         text = " ".join(str(error).split())
         if len(text) > 400:
             text = f"{text[:400]}..."
@@ -160,6 +166,21 @@ class Builder:
                 *(["return the model alone"] if isinstance(module, (tuple, list, dict)) else []),
             )
         return module
+
+    def _check_parameters(self, module: nn.Module) -> None:
+        if type(module).__name__ == "OptimizedModule":
+            raise TraceError(
+                self._where,
+                f"{self._entry} returned what torch.compile made, which cannot become TorchScript",
+                "return the model itself",
+            )
+        lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
+        if lazy:
+            raise TraceError(
+                self._where,
+                f"{self._entry}: the parameter {lazy[0]} has no size before the first call",
+                "use the module that is not lazy, such as Linear for LazyLinear, or declare weights",
+            )
 
     def _check_kwargs(self, kwargs: dict[str, Any]) -> None:
         try:

@@ -131,6 +131,8 @@ class _Run:
                 return
             for hazard in verdict.hazards:
                 self._note(str(hazard))
+                make.blamed.append(hazard.where)
+
             tried.append((description, verdict))
             if any(hazard in self.reference.hazards_of_eager for hazard in verdict.hazards):
                 break  # it is the model itself; no other TorchScript of it can pass
