@@ -244,6 +244,11 @@ def test_a_forward_that_raises_is_said_with_inputs_and_line(project: Project) ->
     assert proof["hazards"] == []
 
 
+def test_a_float16_model_with_float32_inputs(project: Project) -> None:
+    text, _ = failed(project.declare("def Net():\n    return nn.Linear(4, 4).half()\n"), TraceError)
+    assert text.endswith("\n    the model is float16: declare x as float16")
+
+
 def test_nothing_can_be_made(project: Project) -> None:
     source = """
     class Net(nn.Module):

@@ -85,17 +85,17 @@ class Builder:
             self.submodules = {name: type(part) for name, part in module.named_modules() if name}
         return flat(module, self.interface)
 
-    def raised(self, what: str, error: BaseException) -> TraceError:
+    def raised(self, what: str, error: BaseException, *advice: str) -> TraceError:
         """Return the error for an exception of the user's code, and print its traceback to the log.
 
         Args:
             what: What was done, such as `forward`: "forward raises ValueError: ...".
             error: The exception.
+            advice: What to do, where more is known than the exception says.
         """
         if isinstance(error, BuildError):
             raise error
         sys.stdout.write("".join(traceback.format_exception(error)))
-        advice: tuple[str, ...] = ()
         if _is_network(error):
             advice = (
                 "nothing can be downloaded here; fetch the file elsewhere, declare weights: {path: ...}, and",

@@ -94,7 +94,7 @@ class _Run:
                 f"{name} {declared.dtype}{list(tensor.shape)}"
                 for (name, declared), tensor in zip(self.version.inputs.items(), example, strict=True)
             )
-            raise self.build.raised(f"forward({shown})", error) from error
+            raise self.build.raised(f"forward({shown})", error, *self._half()) from error
         interface = self.build.interface
         assert interface
         for name, source in interface.sources:
@@ -103,6 +103,15 @@ class _Run:
             self._note(f"not served: {', '.join(interface.left_out)}")
         if interface.cast is not None:
             self._note("the model is bfloat16: float inputs are cast to it")
+
+    def _half(self) -> tuple[str, ...]:
+        kinds = {parameter.dtype for parameter in self.build().parameters() if parameter.is_floating_point()}
+        wide = [name for name, declared in self.version.inputs.items() if declared.dtype in ("float32", "float64")]
+        return (
+            (f"the model is float16: declare {', '.join(wide)} as float16",)
+            if kinds == {torch.float16} and wide
+            else ()
+        )
 
     def choose(self) -> None:
         """Write the first candidate that passes the proof.
