@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,7 @@ from tritonbuild.errors import ServerError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-warnings.filterwarnings("ignore", message=r"`torch\.jit\.")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
 
 CONFIG = """
 name: "{name}"

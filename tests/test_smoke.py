@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-warnings.filterwarnings("ignore", message=r"`torch\.jit\.")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
 
 
 class Squares(nn.Module):

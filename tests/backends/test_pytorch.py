@@ -7,7 +7,6 @@ back. A text ends in `...` where the C++ backend goes on with a backtrace of its
 from __future__ import annotations
 
 import re
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-warnings.filterwarnings("ignore", message=r"`torch\.jit\.")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
 
 FP32 = "FP32"
 X4 = np.arange(4, dtype=np.float32)
