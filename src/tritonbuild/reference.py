@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tritonbuild.spec import ModelVersion
 
 _REMEMBERED_BYTES = 2**30
+_SMALL_BYTES = 2**16
 _EXTRA_S = 0.25
 """Seconds for planned cases beyond the kept ones; a model whose kept cases take longer gets half of theirs."""
 
@@ -75,9 +76,12 @@ class Reference:
 
     def inputs(self, case: Case) -> tuple[Tensor, ...]:
         """Return the inputs of a case, drawn anew: nothing that a call does to them stays."""
-        if case in self.found:
-            return tuple(tensor.clone() for tensor in self.found[case])
-        return self.source.draw(case.sizes, case.draw, case.seed, self.device)
+        if case not in self.found:
+            drawn = self.source.draw(case.sizes, case.draw, case.seed, self.device)
+            if sum(tensor.nbytes for tensor in drawn) > _SMALL_BYTES:
+                return drawn
+            self.found[case] = drawn
+        return tuple(tensor.clone() for tensor in self.found[case])
 
     def fresh(self) -> nn.Module:
         """Return a module that has never run."""
@@ -223,7 +227,11 @@ class Reference:
         # Attention grows with the square of a length: allow for the longest axis twice.
         longest = max((sizes[name] / example[name] for name in example if name != "batch"), default=1.0)
         wanted = self.seen.bytes * self._elements(sizes) / self._elements(example) * max(longest, 1.0)
-        return wanted < calls.available_bytes(self.device)
+        return wanted < self._available
+
+    @cached_property
+    def _available(self) -> float:
+        return calls.available_bytes(self.device)
 
     # ---------------------------------------------------------------------------------------- the model's own hazards
 

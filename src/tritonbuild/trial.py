@@ -209,7 +209,8 @@ class Trial:
             self.calls += 1
             inputs = self.reference.inputs(case)
             unchanged = calls.Unchanged(inputs)
-            got = self._call(self.module, inputs)
+            # Where state is accepted, what a first call answers is all that can be compared.
+            got = self._call(self.load() if "state" in self.version.trace.accept else self.module, inputs)
             which = unchanged.broken(inputs)
             if which is not None and not self._changed:
                 name = list(self.version.inputs)[which]

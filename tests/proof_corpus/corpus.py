@@ -1,19 +1,23 @@
 """Small models with a known truth: each is declared with its inputs, and wrong ones with the hazard to be named.
 
-A declaration is short text: `x="float32 batch 8"`, `ids="int64 batch t in 0 99"`; axes are `t=(example, min, max)`.
+A declaration is short text: `x="float32 batch 8"`, `ids="int64 batch t in 0 99"`; axes are `t=(example, min, max)` or
+`t=(example, min, max, multiple_of)`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tritonbuild.spec import Axis, Input, ModelVersion, Trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
+    from truth import Run
+
+    Shown = Callable[..., Sequence[Tensor]]
 
 MODELS: list[Model] = []
 
@@ -24,40 +28,58 @@ class Model:
 
     Attributes:
         make: The module's class.
-        hazard: What a trace of it suffers from; "" for none.
+        hazards: What a trace of it suffers from: the proof must name one of these; empty for none.
         version: Its declaration.
-        witness: Sizes and a function of the inputs that random draws would hardly find, but that show the hazard.
-        alone: Whether it may take the process with it and needs one of its own.
+        shows: What makes from the example's inputs those that show the hazard, where random draws hardly find them.
+        by: What shows it otherwise, with a `truth.Run`.
+        delicate: Whether rounding decides its values, so that a row alone is another row.
     """
 
-    make: Callable[[], nn.Module]
-    hazard: str
+    make: type[nn.Module]
+    hazards: tuple[str, ...]
     version: ModelVersion
-    witness: Any = None
-    also: tuple[str, ...] = ()
-    notes: list[str] = field(default_factory=list)
+    shows: Shown | None = None
+    by: Callable[[Run], bool] | None = None
+    delicate: bool = False
 
     @property
     def name(self) -> str:
         return self.version.model
 
 
-def declared(
-    name: str, inputs: dict[str, str], axes: dict[str, Any], batch: int, trace: dict[str, Any]
-) -> ModelVersion:
+def wrong(
+    *hazards: str,
+    batch: int = 8,
+    shows: Shown | None = None,
+    by: Callable[[Run], bool] | None = None,
+    **inputs: Any,
+) -> Any:
+    """Declare a model whose trace is wrong, with the hazards of which the proof must name one."""
+    return _declare(hazards, batch, inputs, shows=shows, by=by)
+
+
+def right(batch: int = 8, *, delicate: bool = False, **inputs: Any) -> Any:
+    """Declare a model whose trace is right."""
+    return _declare((), batch, inputs, delicate=delicate)
+
+
+def _declare(hazards: tuple[str, ...], batch: int, inputs: dict[str, Any], **more: Any) -> Any:
+    axes = {key: value for key, value in inputs.items() if isinstance(value, tuple)}
+    texts = {key: value for key, value in inputs.items() if isinstance(value, str)}
+
+    def wrap(make: type[nn.Module]) -> type[nn.Module]:
+        MODELS.append(Model(make, hazards, declared(make, texts, axes, batch), **more))
+        return make
+
+    return wrap
+
+
+def declared(make: type[nn.Module], inputs: dict[str, str], axes: dict[str, Any], batch: int) -> ModelVersion:
     """Return the declaration that the short texts stand for."""
-    found = {}
-    for key, text in inputs.items():
-        shape, _, bounds = text.partition(" in ")
-        dtype, *sizes = shape.split()
-        limits = tuple(float(n) if "." in n else int(n) for n in bounds.split()) or None
-        found[key] = Input(
-            dtype=dtype, shape=tuple(int(size) if size.isdigit() else size for size in sizes), range=limits
-        )
     return ModelVersion.model_construct(
-        model=name,
+        model=make.__name__,
         version=1,
-        entry_point=f"corpus:{name}",
+        entry_point=f"{make.__module__}:{make.__name__}",
         kwargs={},
         seed=0,
         weights=None,
@@ -68,30 +90,18 @@ def declared(
             key: Axis(example=size[0], min=size[1], max=size[2], multiple_of=size[3] if len(size) > 3 else 1)
             for key, size in axes.items()
         },
-        inputs=found,
+        inputs={key: _input(text) for key, text in inputs.items()},
         outputs=(),
-        trace=Trace(**trace),
+        trace=Trace(method="trace"),
     )
 
 
-def wrong(hazard: str, *also: str, batch: int = 8, witness: Any = None, **inputs: Any) -> Any:
-    """Declare a model whose trace is wrong, with the hazard that the proof must name; `also` are as right."""
-    return _declare(hazard, also, batch, witness, inputs)
-
-
-def right(batch: int = 8, **inputs: Any) -> Any:
-    """Declare a model whose trace is right."""
-    return _declare("", (), batch, None, inputs)
-
-
-def _declare(hazard: str, also: tuple[str, ...], batch: int, witness: Any, inputs: dict[str, Any]) -> Any:
-    axes = {key: value for key, value in inputs.items() if isinstance(value, tuple)}
-    trace = inputs.pop("trace", {})
-    texts = {key: value for key, value in inputs.items() if isinstance(value, str)} or {"x": "float32 batch 8"}
-
-    def wrap(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-        version = declared(make.__name__, texts, axes, batch, trace)
-        MODELS.append(Model(make, hazard, version, witness, also))
-        return make
-
-    return wrap
+def _input(text: str) -> Input:
+    shape, _, bounds = text.partition(" in ")
+    dtype, *sizes = shape.split()
+    limits = tuple(float(end) if dtype.startswith("float") else int(end) for end in bounds.split())
+    return Input(
+        dtype=dtype,
+        shape=tuple(int(size) if size.isdigit() else size for size in sizes),
+        range=limits or None,
+    )

@@ -249,7 +249,7 @@ class SNormOld(nn.Module):
         return self.linear(x)
 
 
-@right(x="float32 batch 16")
+@right(x="float32 batch 16", delicate=True)
 class DynQuant(nn.Module):
     def __init__(self):
         super().__init__()
@@ -787,7 +787,7 @@ class Lorenz(nn.Module):
         return x
 
 
-@right(x="float32 batch 16")
+@right(x="float32 batch 16", delicate=True)
 class BigRand(nn.Module):
     def __init__(self):
         super().__init__()

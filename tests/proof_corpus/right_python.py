@@ -212,7 +212,7 @@ class AsDict(Linear):
         return {"a": self.linear(x), "b": x.argmax(1)}
 
 
-@right(x="float32 batch 8")
+@right(x="float32 batch 8", delicate=True)
 class ChaoticMap(nn.Module):
     def forward(self, x):
         x = x.sigmoid()

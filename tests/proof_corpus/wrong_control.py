@@ -71,7 +71,7 @@ class IfAllcloseZeroSilent(nn.Module):
         return x / x.norm()
 
 
-@wrong("branch-on-values", batch=0, x="float32 8")
+@wrong("branch-on-values", batch=0, x="float32 8", shows=lambda x: (x * 0 / 0,))
 class IfNan(nn.Module):
     def forward(self, x):
         if torch.isnan(x).any():
@@ -87,7 +87,7 @@ class IfAtRangeEnd(nn.Module):
         return x * 2
 
 
-@wrong("branch-on-values", batch=0, x="float32 8", witness=lambda sizes, x: (torch.full_like(x, 0.37),))
+@wrong("branch-on-values", batch=0, x="float32 8", shows=lambda x: (torch.full_like(x, 0.37),))
 class IfExactThreshold(nn.Module):
     threshold = 0.37
 
@@ -101,7 +101,7 @@ class IfExactThreshold(nn.Module):
         return x * 2
 
 
-@wrong("branch-on-values", batch=0, x="float32 8", witness=lambda sizes, x: (torch.full_like(x, 12345.0),))
+@wrong("branch-on-values", batch=0, x="float32 8", shows=lambda x: (torch.full_like(x, 12345.0),))
 class IfHuge(nn.Module):
     def forward(self, x):
         if x.abs().max() > 10000:
@@ -122,7 +122,7 @@ class IfPadded(nn.Module):
         return out
 
 
-@wrong("branch-on-values", batch=0, ids="int64 6 in 0 99", witness=lambda sizes, ids: (torch.full_like(ids, 99),))
+@wrong("branch-on-values", batch=0, ids="int64 6 in 0 99", shows=lambda ids: (torch.full_like(ids, 99),))
 class IfLastId(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class IfMaskAllTrue(nn.Module):
         return x * mask[..., None]
 
 
-@wrong("branch-on-values", batch=0, x="float32 8", y="float32 8")
+@wrong("branch-on-values", batch=0, x="float32 8", y="float32 8", shows=lambda x, y: (x, x))
 class IfSameInputs(nn.Module):
     def forward(self, x, y):
         if (x == y).all():
@@ -388,7 +388,7 @@ class NothingFound(nn.Module):
         return kept * 2
 
 
-@wrong("branch-on-values", x="float32 batch 8 in 0 255", batch=4)
+@wrong("branch-on-values", x="float32 batch 8 in 0 255", batch=4, shows=lambda x: (x / 255,))
 class NormIf255(Linear):
     def forward(self, x):
         if x.max() > 1.0:
@@ -446,7 +446,7 @@ class EosFirst(nn.Module):
         return self.e(ids[:n]).mean(0)
 
 
-@wrong("branch-on-values", ids="int64 8 in 0 30000", batch=0)
+@wrong("branch-on-values", ids="int64 8 in 0 30000", batch=0, shows=lambda ids: (torch.full_like(ids, 101),))
 class SpecialId(nn.Module):
     def __init__(self):
         super().__init__()
@@ -458,7 +458,7 @@ class SpecialId(nn.Module):
         return self.e(ids) * 2
 
 
-@wrong("branch-on-values", ids="int64 8 in 0 30000", batch=0)
+@wrong("branch-on-values", ids="int64 8 in 0 30000", batch=0, shows=lambda ids: (torch.full_like(ids, 29999),))
 class SpecialIdAttr(nn.Module):
     def __init__(self):
         super().__init__()
@@ -471,7 +471,7 @@ class SpecialIdAttr(nn.Module):
         return self.e(ids) + 0.1
 
 
-@wrong("branch-on-values", a="float32 8", b="float32 8", batch=0)
+@wrong("branch-on-values", a="float32 8", b="float32 8", batch=0, shows=lambda a, b: (a * 100, b))
 class PairCmp(nn.Module):
     def forward(self, a, b):
         return a if a.norm() > 3 * b.norm() else a + b
@@ -491,7 +491,7 @@ class IsSorted(nn.Module):
         return x
 
 
-@wrong("branch-on-values", x="float32 8", batch=0)
+@wrong("branch-on-values", x="float32 8", batch=0, shows=lambda x: (x / 0,))
 class InfCheck(nn.Module):
     def forward(self, x):
         if not torch.isfinite(x).all():
@@ -590,7 +590,7 @@ class OverMaxLen(Linear):
         return self.linear(x)
 
 
-@wrong("branch-on-shape", x="float32 batch t 8", t=(64, 1, 512))
+@wrong("branch-on-shape", x="float32 batch t 8", t=(64, 1, 512), shows=lambda x: (torch.randn(2, 257, 8),))
 class Exactly257(Linear):
     def forward(self, x):
         if x.shape[1] == 257:
@@ -612,7 +612,7 @@ class Longer(nn.Module):
         return x.sum(1) * 2 if x.shape[1] > y.shape[1] else y.sum(1)
 
 
-@wrong("branch-on-shape", x="float32 batch t 4", t=(6, 2, 60))
+@wrong("branch-on-shape", x="float32 batch t 4", t=(6, 2, 60), shows=lambda x: (torch.randn(7, 11, 4),))
 class BatchTimesT(nn.Module):
     def forward(self, x):
         if x.shape[0] * x.shape[1] == 77:
@@ -624,7 +624,7 @@ class BatchTimesT(nn.Module):
 class NumelBig(nn.Module):
     def forward(self, x):
         if x.numel() > 3600:
-            return x.half().float()
+            return x * 2
         return x
 
 
@@ -670,7 +670,7 @@ class Pyramid(nn.Module):
         return x[:, 0]
 
 
-@wrong("branch-on-values", batch=0, x="float32 8 in 0 1")
+@wrong("branch-on-values", batch=0, x="float32 8 in 0 1", shows=lambda x: (torch.full_like(x, 128 / 255),))
 class PixelThreshold(nn.Module):
     def forward(self, x):
         if (x * 255 == 128).all():
