@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from declared import Declared, Project, loaded
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tritonbuild import archive, wrap
 from tritonbuild.candidates import Attempt
@@ -132,6 +135,29 @@ def test_dataclasses_and_model_outputs_become_a_flat_tuple(kind: str, project: P
 
     assert declared.measured().interface.sources == (("logits", ".logits"),)
     assert_same(declared, torchscript(declared, "trace"), 2)
+
+
+TENSORS = st.builds(lambda: torch.zeros(1))
+KEYS = st.text(list("ab'\"\\].1 "), min_size=1, max_size=3)
+STRUCTURES = st.recursive(
+    TENSORS | st.none(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(KEYS | st.integers(0, 3), inner, max_size=3)
+        | st.tuples(inner, inner).map(lambda pair: collections.namedtuple("Pair", "first second")(*pair))
+    ),
+    max_leaves=8,
+)
+
+
+@given(STRUCTURES)
+def test_each_tensor_of_a_structure_is_found_once_at_its_path(structure: object) -> None:
+    found = list(wrap.leaves(structure))
+    for leaf in found:
+        assert eval(f"structure{leaf.path}", {"structure": structure}) is leaf.value
+    assert len({leaf.path for leaf in found}) == len(found)
+    assert len(found) == str(structure).count("tensor(")
 
 
 TWO = """
