@@ -21,11 +21,14 @@ from tritonbuild import docker, image, repository, spec, state
 from tritonbuild.errors import ImageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from conftest import Project
 
     from tritonbuild.spec import Pipeline
 
 BASE = "tritonbuild-test/empty"
+NEWER = "is open to CVE-2026-24206 to -24209: access without login, denial of service; said to be fixed in 26.04"
 
 
 def declare(
@@ -141,13 +144,25 @@ def test_releases_with_known_weaknesses(tmp_path: Path) -> None:
     old = (
         "is open to CVE-2025-23310, -23311, -23319, -23320 and -23334: code execution from the network; fixed in 25.07"
     )
-    newer = "is open to CVE-2026-24206 to -24209: access without login, denial of service; said to be fixed in 26.04"
     assert image.release_warnings(declare(tmp_path, 1, triton="25.06")) == [
         f'pipeline.yaml:1: triton: "25.06" {old}',
-        f'pipeline.yaml:1: triton: "25.06" {newer}',
+        f'pipeline.yaml:1: triton: "25.06" {NEWER}',
     ]
-    assert image.release_warnings(declare(tmp_path, 1, triton="25.07")) == [f'pipeline.yaml:1: triton: "25.07" {newer}']
+    assert image.release_warnings(declare(tmp_path, 1, triton="25.07")) == [f'pipeline.yaml:1: triton: "25.07" {NEWER}']
     assert image.release_warnings(declare(tmp_path, 1, triton="26.04")) == []
+
+
+def test_check_warns_of_an_old_release(project: Callable[[dict[str, str]], Project]) -> None:
+    model = "entry_point: 'n:A', inputs: {x: {dtype: float32, shape: [4]}}"
+    ran = project({"pipeline.yaml": f'triton: "25.08"\nmodels: {{a: {{{model}}}}}\n'}).doit("check")
+    assert (ran.code, ran.out.splitlines()[:3]) == (
+        0,
+        [
+            ".  check",
+            "   pipeline.yaml: 1 model, 1 version, for Triton 25.08",
+            f'   warning: pipeline.yaml:1: triton: "25.08" {NEWER}',
+        ],
+    )
 
 
 # -------------------------------------------------------------------------------------------- the build context

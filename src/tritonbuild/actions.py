@@ -120,13 +120,17 @@ def check_config(pipeline: Pipeline) -> None:
 
 @task
 def check(pipeline: Pipeline) -> None:
-    """Say what is declared."""
+    """Say what is declared, and what the declared release is too old for."""
+    from tritonbuild import image
+
     versions = sum(len(model.versions) for model in pipeline.models.values())
     models = len(pipeline.models)
     sys.stdout.write(
         f"   {pipeline.path.name}: {models} model{'s' * (models > 1)}, {versions} version{'s' * (versions > 1)}, "
         f"for Triton {pipeline.triton}\n"
     )
+    for warning in image.release_warnings(pipeline):
+        sys.stdout.write(f"   warning: {warning}\n")
 
 
 # ---------------------------------------------------------------------------------------------------- trace

@@ -204,9 +204,6 @@ def release_warnings(pipeline: Pipeline) -> list[str]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------ building
-
-
 def record(pipeline: Pipeline) -> dict[str, Any] | None:
     """Return what .build/image.json says of the image that was built last, or None."""
     try:
