@@ -149,6 +149,7 @@ def test_entries_are_stored_aligned_timeless_and_free_of_records_nobody_computes
         assert start % 64 == 0
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_quantized_weights_survive() -> None:
     """They are C++ objects, whose namespace is an empty code file."""
     torch.manual_seed(0)

@@ -179,6 +179,7 @@ def test_no_forward(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning")
 def test_an_entry_point_that_returns_torchscript(tmp_path: Path) -> None:
     declared = Project(tmp_path).declare(
         """
