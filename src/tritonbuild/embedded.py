@@ -124,6 +124,8 @@ def _environment(prepared: Path) -> dict[str, str]:
     libraries = [wheel.parents[1] / "nvidia_pytriton.libs", wheel / "external_libs", prepared / "lib"]
     inherited = os.environ.get("LD_LIBRARY_PATH", "")
     return {
+        # Threads of one instance that spin while they wait take the cores from the other instances.
+        "OMP_WAIT_POLICY": "passive",
         **os.environ,
         "LD_LIBRARY_PATH": ":".join([*map(str, libraries), *filter(None, [inherited])]),
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
