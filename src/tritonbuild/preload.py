@@ -6,7 +6,7 @@ import os
 # cores a proof took four times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch  # noqa: E402, F401
+import torch  # noqa: F401
 
 import tritonbuild.trace
 import tritonbuild.worker  # noqa: F401
