@@ -112,10 +112,8 @@ def test_the_key_is_the_same_in_every_folder_and_process(tmp_path: Path) -> None
         path.parent.mkdir()
         path.write_text(YAML)
         environment = {**os.environ, "PYTHONHASHSEED": str(len(folder))}
-        ran = subprocess.run(
-            [sys.executable, "-c", program, path], capture_output=True, text=True, check=True, env=seed
-        )
-        found.add(ran.stdout)
+        command = [sys.executable, "-c", program, path]
+        found.add(subprocess.run(command, capture_output=True, check=True, env=environment).stdout)
     assert len(found) == 1
 
 

@@ -264,10 +264,9 @@ def _judge(jobs: list[_Job], elapsed_s: float, total: int, limit_s: float | None
         if not job.done.is_set() and now - job.heard > job.limit_s:
             raise _FaultError(f"no answer within {job.limit_s:.0f} s")
     copied = sum(job.bytes for job in jobs)
-    if limit_s is not None and elapsed_s > _JUDGE_AFTER_S and copied < total:
-        whole_s = elapsed_s * total / max(copied, 1)
-        if whole_s > limit_s:
-            raise _FaultError(f"too slow: {copied / elapsed_s / 1e6:.2g} MB/s for {total / 1e6:.0f} MB")
+    too_slow = limit_s is not None and 0 < copied < total and elapsed_s * total / copied > limit_s
+    if too_slow and elapsed_s > _JUDGE_AFTER_S:
+        raise _FaultError(f"too slow: {copied / elapsed_s / 1e6:.2g} MB/s for {total / 1e6:.0f} MB")
 
 
 def _whole(store: Any, path: str, write: Callable[[str], object]) -> None:

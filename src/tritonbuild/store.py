@@ -29,11 +29,10 @@ from tritonbuild.remote import Remote
 from tritonbuild.results import Result, parse_reads, parse_result
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
     from pathlib import Path
 
     KeyOf = Callable[[Sequence[str], Sequence[str]], str]
-    Read = Callable[[str], bytes | None]
 
 LIMIT_BYTES = 20 * 1024**3
 """How large the local store grows, beside the results that are in use."""
@@ -81,30 +80,28 @@ class Store:
         if self.mode == "off":
             return None
         names = self._names(f"index/{base}")
-        for key in self._keys(base, names, self._read, key_of):
-            found = parse_result(key, self._read(_result_path(key)))
+        for name in names:
+            listed = parse_reads(self._read(f"index/{base}/{name}"))
+            found = parse_result(key := key_of(*listed), self._read(_result_path(key))) if listed else None
             if found is not None:
                 return found
-        if self.remote is None:
-            return None
-        others = [name for name in self.remote.names(f"index/{base}") if name not in names]
+        return self._find_remote(self.remote, base, names, key_of) if self.remote else None
+
+    def _find_remote(self, remote: Remote, base: str, names: list[str], key_of: KeyOf) -> Result | None:
         # What is listed here costs the shared store one question, the rest two.
-        for listed, read in ((names, self._read), (others, self.remote.read)):
-            for key in self._keys(base, listed, read, key_of):
-                text = self.remote.read(_result_path(key))
+        for name in [*names, *(name for name in remote.names(f"index/{base}") if name not in names)]:
+            path = f"index/{base}/{name}"
+            text = self._read(path) if name in names else remote.read(path)
+            listed = parse_reads(text)
+            if listed is not None:
+                path = _result_path(key := key_of(*listed))
+                text = remote.read(path)
                 found = parse_result(key, text, remote=True)
                 if found is not None:
                     return found
-                if text is not None:
-                    self.remote.wrong(_result_path(key), "is not a description that tritonbuild wrote")
+            if text is not None:
+                remote.wrong(path, "is not what tritonbuild wrote")
         return None
-
-    @staticmethod
-    def _keys(base: str, names: Iterable[str], read: Read, key_of: KeyOf) -> Iterator[str]:
-        for name in names:
-            reads = parse_reads(read(f"index/{base}/{name}"))
-            if reads is not None:
-                yield key_of(reads.files, reads.distributions)
 
     def missing_bytes(self, result: Result) -> int:
         """Return how many bytes would come from the shared store."""
