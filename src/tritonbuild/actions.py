@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from doit.exceptions import TaskFailed
 
 from tritonbuild import keys, state
-from tritonbuild.errors import BuildError, SpecError, TraceError
+from tritonbuild.errors import BuildError, ProofError, SpecError, TraceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -274,9 +274,12 @@ def _files_exist(root: Path, version: ModelVersion) -> None:
 def _publish_failure(root: Path, version: ModelVersion, out: Path, error: BuildError) -> None:
     """Put the failed proof in place; what an earlier run has published stays as it is."""
     path = out / "proof.json"
-    result: dict[str, Any] = (
-        json.loads(path.read_text()) if path.exists() else {"hazards": [], "cases": 0, "max_abs_error": {}}
-    )
+    result: dict[str, Any] = {"hazards": [], "cases": 0, "max_abs_error": {}}
+    if path.exists():
+        result = json.loads(path.read_text())
+    elif isinstance(error, ProofError):  # the child died of the model and wrote nothing
+        way_out = error.advice[0] if error.advice else ""
+        result["hazards"] = [{"hazard": "crash", "case": "", "where": "", "detail": error.what, "way_out": way_out}]
     result.update(verdict="failed", error=str(error))
     path.write_text(json.dumps(result, indent=2) + "\n")
     put(path, root / traced(version).proof)
