@@ -144,8 +144,15 @@ class ServerChoice:
     def parts(self) -> keys.Parts:
         """Return what an answer depends on beside the model: the kind of server and the recipe."""
         server = self.wanted if self.kind == "url" else self.kind
-        wheel = keys.distribution_version("nvidia-pytriton") if self.kind == "embedded" else None
-        return {"server": server, "wheel": wheel, "recipe": keys.recipe(*_SMOKE_RECIPE)}
+        parts = {"server": server, "recipe": keys.recipe(*_SMOKE_RECIPE)}
+        if self.kind == "embedded":
+            parts["wheel"] = keys.distribution_version("nvidia-pytriton")
+        if self.kind == "docker":
+            from tritonbuild import image
+
+            # The base alone: the image is another one whenever any model has changed.
+            parts["base"] = (image.record(self.pipeline) or {"base": {"id": ""}})["base"]["id"]
+        return parts
 
     def get(self) -> Any:
         """Return the running server."""
