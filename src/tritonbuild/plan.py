@@ -108,8 +108,11 @@ class Foresight:
         for check, _, _ in status.reasons["uptodate_false"]:
             if isinstance(check, keys.UpToDate):
                 for reason in check.reasons(task.name, values):
-                    if reason.where[:1] == ("files",) and self.owners.get(reason.where[1]) in self.steps:
+                    first, *rest = reason.where or ("",)
+                    if first == "files" and self.owners.get(rest[0]) in self.steps:
                         continue  # what that task leaves decides: see _after
+                    if first == "folders" and self._after(task)[0]:
+                        continue
                     yield self._in_words(task.name, reason)
             else:
                 yield f"{getattr(check, '__qualname__', check)} says so"
@@ -149,7 +152,9 @@ class Foresight:
                 yield from self.tasks[name].task_dep
 
     def _is_old(self, name: str) -> bool:
-        return all((self.pipeline.root / target).exists() for target in self.tasks[name].targets)
+        """Return whether the targets of a task add no name to models/ or to a model's folder."""
+        names = ("/".join(target.split("/")[:3]) for target in self.tasks[name].targets)
+        return all((self.pipeline.root / name).exists() for name in names)
 
     def _leaves_all(self, name: str) -> bool:
         files = self.steps[name].files
