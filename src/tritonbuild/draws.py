@@ -124,7 +124,7 @@ def _special(plain: Tensor, draw: str, bounds: tuple[float, float] | None, gener
         return _special(plain.to(torch.int64), draw, (0, 1), generator).to(torch.bool)
     if not dtype.is_floating_point:
         number = int(float(argument)) if argument and float(argument).is_integer() else None
-        return _special_integers(plain, name, number, bounds or (0, 1), generator)
+        return _special_integers(plain, name, number, bounds or (0, 1), generator).to(dtype)
     values = plain.to(_wide(dtype))
     return _inside(_special_floats(values, name, float(argument or 0), bounds), bounds, dtype)
 

@@ -135,14 +135,16 @@ def changes(one: Graph, two: Graph) -> list[Change]:
     if [node.kind for node in first] != [node.kind for node in second]:
         return [_structural(first, second)]
     found = []
-    for a, b in zip(first, second, strict=True):
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        # A list and its unpacking have no line of their own: their user has.
+        site = next((node.site for node in first[i : i + 4] if node.site), None)
         if a.outputs != b.outputs or len(a.inputs) != len(b.inputs):
-            found.append(Change("repeated", a.outputs, b.outputs, a.site))
+            found.append(Change("repeated", a.outputs, b.outputs, site))
             continue
         for x, y in zip(a.inputs, b.inputs, strict=True):
             if x != y and not (x is None or y is None):
                 kind = "tensor" if isinstance(x, _Digest) or isinstance(y, _Digest) else "number"
-                found.append(Change(kind, x, y, a.site))
+                found.append(Change(kind, x, y, site))
     return found
 
 

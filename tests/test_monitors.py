@@ -1,0 +1,247 @@
+"""What is seen while eager runs: escapes, ways, chance, and what a call leaves behind."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from tritonbuild import cases, chance, memory, monitors
+from tritonbuild.monitors import first_party, fork, observe
+
+HERE = str(Path(__file__))
+_GLOBAL: list[int] = []
+
+
+def seen(forward: Any, *inputs: torch.Tensor) -> monitors.Observation:
+    class Net(nn.Module):
+        def forward(self, *args: torch.Tensor) -> torch.Tensor:
+            return forward(*args)
+
+    module = Net()
+    return observe(module, inputs, lambda: module(*inputs))
+
+
+def test_model_code_is_not_torch_numpy_python_or_ours() -> None:
+    assert first_party(HERE)
+    assert first_party(torchvision.__file__)
+    for file in (torch.__file__, numpy.__file__, random.__file__, cases.__file__, "<string>", "<frozen importlib>"):
+        assert not first_party(str(file)), file
+
+
+def test_what_leaves_torch_is_seen_with_its_line() -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 0:
+            x = x * x.max().item()
+        torch.equal(x, x)
+        x.numpy()
+        return x + float(x[0]) + x.shape[0] + len(x) + x.dim()
+
+    found = seen(forward, torch.ones(3)).escapes
+    assert [(escape.kind, escape.name, escape.value) for escape in found] == [
+        ("bool", "__bool__", True),
+        ("number", "item", 1.0),
+        ("bool", "equal", True),
+        ("array", "numpy", None),
+        ("number", "__float__", 1.0),
+    ]
+    first = forward.__code__.co_firstlineno
+    assert [escape.site.line - first for escape in found if escape.site] == [1, 2, 3, 4, 5]
+    assert found[0].site
+    assert found[0].site.file == HERE
+
+
+def test_sizes_read_in_python_are_no_escape() -> None:
+    assert seen(lambda x: x.view(x.shape[0], x.numel() // len(x)), torch.ones(3, 2)).escapes == []
+
+
+def test_numbers_of_the_code_are_collected() -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        limit = torch.tensor(0.25)
+        return torch.where(x > 0.75, x, limit) if x.shape[0] in (31, 37) else (x == limit)
+
+    assert {0.75, 31, 37, 0.25} <= seen(forward, torch.ones(3)).numbers
+
+
+def test_calls_of_chance_are_seen() -> None:
+    found = seen(
+        lambda x: nn.functional.dropout(x + torch.rand(3) + time.time(), 0.1, training=True) + torch.empty(3),
+        torch.ones(3),
+    )
+    assert [name for name, _ in found.random] == ["rand"]
+    assert [name for name, _ in found.dropout] == ["dropout"]
+    assert [name for name, _ in found.unfilled] == ["empty"]
+    assert [name for name, _ in found.clocks] == ["time"]
+
+
+def test_an_input_changed_in_place_is_seen_with_its_line() -> None:
+    def forward(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = x + 1
+        y.view(-1)[0] = 3
+        return z
+
+    found = seen(forward, torch.ones(3), torch.ones(3)).in_place
+    assert [i for i, _ in found] == [1]
+    assert found[0][1]
+    assert found[0][1].line == forward.__code__.co_firstlineno + 2
+
+
+def test_depth_and_the_coarsest_dtype() -> None:
+    linear = nn.Linear(3, 3)
+    found = seen(lambda x: (linear(linear(x)).half() @ torch.ones(3, dtype=torch.float16)).double(), torch.ones(2, 3))
+    assert found.depth == 3
+    assert found.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("forward", "kind", "line"),
+    [
+        (lambda x: x * 2 if x[0] > 0 else x * 3, "branch", 0),
+        (lambda x: sum(x * i for i in range(int(x[0]) + 2)), "loop", 0),
+        (lambda x: [x, x * 2][int(x[0]) // 2 + 1] * 2, None, 0),
+        (lambda x: {1: torch.sin, -1: torch.cos}[int(x[0])](x), None, 0),
+    ],
+)
+def test_the_line_where_two_calls_part(forward: Any, kind: str | None, line: int) -> None:
+    found = fork(seen(forward, torch.tensor([1.0])), seen(forward, torch.tensor([-1.0])))
+    if kind is None:
+        assert found is None
+        return
+    assert found
+    assert (found.kind, found.site.line) == (kind, forward.__code__.co_firstlineno + line)
+
+
+def test_a_while_loop_is_a_loop_and_an_exception_is_a_branch() -> None:
+    def loop(x: torch.Tensor) -> torch.Tensor:
+        while x.sum() < 10:
+            x = x * 2
+        return x
+
+    def attempt(x: torch.Tensor) -> torch.Tensor:
+        try:
+            return x.view(2, -1)
+        except RuntimeError:
+            return x
+
+    found = fork(seen(loop, torch.tensor([4.0])), seen(loop, torch.tensor([1.0])))
+    assert found
+    assert (found.kind, found.site.line) == ("loop", loop.__code__.co_firstlineno + 1)
+    found = fork(seen(attempt, torch.ones(4)), seen(attempt, torch.ones(3)))
+    assert found
+    assert (found.kind, found.site.line) == ("branch", attempt.__code__.co_firstlineno + 2)
+
+
+def test_tracing_and_profiling_of_others_are_left_as_they_were() -> None:
+    before = sys.gettrace(), sys.getprofile()
+    seen(lambda x: x, torch.ones(1))
+    assert (sys.gettrace(), sys.getprofile()) == before
+
+
+# ------------------------------------------------------------------------------------------------ what a call leaves
+
+
+class Everything(nn.Module):
+    shared: list[int] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.register_buffer("buffer", torch.zeros(2))
+        self.kept: dict[str, Any] = {}
+        self.queue: deque[int] = deque(maxlen=2)
+        self.generator = torch.Generator()
+        self.random = random.Random(0)
+        self.numpy = numpy.random.default_rng(0)
+        self.array = numpy.zeros(3)
+        self.part = nn.ModuleList([nn.Linear(2, 2)])
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda m: setattr(m, "count", 1), "count"),
+        (lambda m: m.buffer.add_(1), "buffer"),
+        (lambda m: m.part[0].weight.mul_(2), "part.0.weight"),
+        (lambda m: m.kept.update(a=torch.ones(1)), "kept"),
+        (lambda m: m.queue.extend([1, 2, 3]), "queue"),
+        (lambda m: torch.rand(1, generator=m.generator), "generator"),
+        (lambda m: m.random.random(), "random"),
+        (lambda m: m.numpy.random(), "numpy"),
+        (lambda m: m.array.fill(3), "array"),
+        (lambda m: m.shared.append(1), "Everything.shared"),
+        (lambda m: _GLOBAL.append(1), f"{__name__}._GLOBAL"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_call_leaves_behind_is_found(change: Any, name: str) -> None:
+    module = Everything()
+    before = memory.state(module)
+    assert memory.changed(before, memory.state(module)) == []
+    with torch.no_grad():
+        change(module)
+    assert name in memory.changed(before, memory.state(module))
+
+
+def test_the_state_of_every_global_generator_is_told() -> None:
+    for draw in (lambda: torch.rand(1), random.random, lambda: numpy.random.rand()):
+        memory.seed_all(3)
+        before = memory.random_state()
+        memory.seed_all(3)
+        assert memory.random_state() == before
+        draw()
+        assert memory.random_state() != before
+
+
+# ----------------------------------------------------------------------------------------------------------- chance
+
+
+def reached(forward: Any) -> str | None:
+    x = torch.arange(8.0)
+
+    def run(seed: int) -> tuple[torch.Tensor, ...]:
+        memory.seed_all(seed)
+        return (forward(x),)
+
+    return chance.reaches(run, lambda a, b: torch.equal(a[0], b[0]), limit_s=1.0)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x: x + torch.rand(8),
+        lambda x: x * 2 if torch.rand(()) < 1e-9 else x,
+        lambda x: x * 2 if random.random() < 1e-9 else x,
+        lambda x: x * 2 if numpy.random.rand() < 1e-9 else x,
+        lambda x: x + (torch.randint(0, 10**9, ()) == 10**9 - 1),
+        lambda x: x + (torch.randn(()) > 4.5),
+        lambda x: x + (torch.empty(()).uniform_(2, 3) < 2.00001),
+        lambda x: nn.functional.dropout(x, 1e-9),
+        lambda x: x[torch.randperm(8)],
+    ],
+)
+def test_chance_that_reaches_the_output_is_found_however_rare(forward: Any) -> None:
+    assert reached(forward)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x: x + 0 * torch.rand(8),
+        lambda x: x if torch.rand(()) < 2 else x * 2,
+        lambda x: nn.functional.dropout(x, 0.0),
+        lambda x: nn.functional.dropout(x, 0.5, training=False),
+        lambda x: torch.empty(8).copy_(x),
+        lambda x: x[torch.randperm(8)].sort().values,
+    ],
+)
+def test_chance_that_does_not_reach_the_output_is_no_hazard(forward: Any) -> None:
+    assert reached(forward) is None

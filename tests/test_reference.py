@@ -1,0 +1,367 @@
+"""One proof from end to end: what is accepted, noted, measured, reported, and what it costs."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import nn
+
+from tritonbuild import calls, cases, proof
+from tritonbuild.candidates import quiet
+from tritonbuild.errors import TraceError
+from tritonbuild.hazards import HAZARDS
+from tritonbuild.reference import Reference
+from tritonbuild.spec import Axis, Input, ModelVersion, Trace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tritonbuild.proof import Verdict
+
+T = Axis(example=6, min=2, max=12)
+
+
+def version(batch: int = 4, triton: str = "26.08", axes: dict[str, Axis] | None = None, **trace: Any) -> ModelVersion:
+    shape = (*(["batch"] if batch else []), *(axes or {}), 8)
+    return ModelVersion.model_construct(
+        model="m",
+        version=1,
+        entry_point="m:M",
+        kwargs={},
+        seed=0,
+        weights=None,
+        device="cpu",
+        triton=triton,
+        max_batch_size=batch,
+        axes=axes or {},
+        inputs={"x": Input(dtype="float32", shape=shape)},
+        outputs=(),
+        trace=Trace(**trace),
+    )
+
+
+class Proved:
+    """A proof of one module, traced or made otherwise."""
+
+    def __init__(self, make: Callable[[], nn.Module], declared: ModelVersion, root: Path, script: Any = None) -> None:
+        def build() -> nn.Module:
+            torch.default_generator.manual_seed(0)
+            return make().eval().requires_grad_(False)
+
+        example = proof.example(declared, "cpu", root)
+        with torch.no_grad(), quiet():
+            made = script() if script else torch.jit.trace(build(), example, check_trace=False)
+            buffer = io.BytesIO()
+            torch.jit.save(made, buffer)
+
+        def load() -> Any:
+            buffer.seek(0)
+            with quiet():
+                return torch.jit.load(buffer)
+
+        self.reference = Reference(declared, build, "cpu", root)
+        self.verdict: Verdict = proof.prove(declared, build, load, "cpu", [], self.reference, traced=script is None)
+        self.report = proof.report(self.verdict, self.reference)
+
+    @property
+    def names(self) -> list[str]:
+        return [hazard.hazard for hazard in self.verdict.hazards]
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.linear(x), x.argmax(-1)
+
+
+class Dropped(Linear):
+    def forward(self, x: torch.Tensor) -> Any:
+        return F.dropout(self.linear(x), 0.5, training=True)
+
+
+class Noisy(Linear):
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.linear(x) + torch.randn(4)
+
+
+class NoisyBranch(Linear):
+    def forward(self, x: torch.Tensor) -> Any:
+        return Noisy.forward(self, x) * (2 if x.shape[0] > 3 else 1)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.calls += 1
+        return x * self.calls
+
+
+# -------------------------------------------------------------------------------------------------------- accepting
+
+
+def test_an_accepted_hazard_passes_and_stays_visible(tmp_path: Path) -> None:
+    assert Proved(Noisy, version(), tmp_path).names == ["nondeterministic"]
+    proved = Proved(Noisy, version(accept={"nondeterministic": "sampling is wanted"}), tmp_path)
+    assert proved.verdict.passed
+    assert proved.verdict.cases > 20
+    assert proved.report["hazards"] == []
+    [accepted] = proved.report["accepted"]
+    assert (accepted["hazard"], accepted["reason"]) == ("nondeterministic", "sampling is wanted")
+    cases.save(proved.reference, tmp_path / "c.safetensors")
+    with safe_open(tmp_path / "c.safetensors", "pt") as file:
+        assert file.metadata()["compare"] == "shapes"
+
+
+def test_what_is_not_accepted_still_fails(tmp_path: Path) -> None:
+    proved = Proved(NoisyBranch, version(accept={"nondeterministic": "sampling is wanted"}), tmp_path)
+    assert "branch-on-shape" in proved.names or "rows-mixed" in proved.names
+    assert "nondeterministic" not in proved.names
+
+
+def test_training_mode_has_its_own_name(tmp_path: Path) -> None:
+    assert Proved(Dropped, version(), tmp_path).names == ["training-mode"]
+    assert Proved(Dropped, version(accept={"training-mode": "Monte Carlo dropout"}), tmp_path).verdict.passed
+
+
+def test_where_state_is_accepted_shapes_are_compared(tmp_path: Path) -> None:
+    assert Proved(Counting, version(), tmp_path).names == ["state"]
+    assert Proved(Counting, version(accept={"state": "it counts"}), tmp_path).verdict.passed
+
+
+# --------------------------------------------------------------------------------------------------- the whole message
+
+
+def test_the_message_names_case_line_error_and_way_out(tmp_path: Path) -> None:
+    class Branch(Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            if x.shape[1] > 6:
+                return self.linear(x) * 2
+            return self.linear(x)
+
+    [hazard] = Proved(Branch, version(axes={"t": T}), tmp_path).verdict.hazards
+    line = Branch.forward.__code__.co_firstlineno + 1
+    assert re.sub(r"-?\d+\.\d+(e-\d+)?|\d+e-\d+", "#", str(hazard)) == (
+        f"branch-on-shape: case batch=2 t=7 draw=plain seed=112: tests/test_reference.py:{line}: "
+        "output OUTPUT__0: max abs error #, at the worst element found #, expected # within #"
+    )
+    assert hazard.way_out == HAZARDS["branch-on-shape"].way_out
+
+
+def test_what_torchscript_raises_is_told_in_one_line(tmp_path: Path) -> None:
+    class Frozen(Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.linear(x.view(int(x.shape[0]), 8))
+
+    [hazard] = Proved(Frozen, version(), tmp_path).verdict.hazards
+    assert hazard.hazard == "frozen-batch"
+    assert hazard.detail == "RuntimeError: shape '[2, 8]' is invalid for input of size 8"
+    assert hazard.case == "batch=1 draw=plain seed=100"
+
+
+# ------------------------------------------------------------------------------------------------ what is reported
+
+
+def test_report_and_signature(tmp_path: Path) -> None:
+    proved = Proved(Linear, version(axes={"t": T}), tmp_path)
+    report = json.loads(json.dumps(proved.report))
+    assert report["verdict"] == "passed"
+    assert report["max_abs_error"] == {"OUTPUT__0": 0.0, "OUTPUT__1": 0.0}
+    assert report["torch"] == torch.__version__
+    assert report["device"] == "cpu"
+    assert report["settings"] == {}
+    assert report["cases"] >= 24
+    assert set(report["tolerance"]) == {"rtol", "scaled", "atol"}
+    assert proof.signature(proved.reference.version, proved.reference, ["x"]) == {
+        "inputs": [{"name": "x", "dtype": "float32", "dims": [-1, 8]}],
+        "outputs": [
+            {"name": "OUTPUT__0", "dtype": "float32", "dims": [-1, 4], "source": ""},
+            {"name": "OUTPUT__1", "dtype": "int64", "dims": [-1], "source": ""},
+        ],
+        "forward": ["x"],
+    }
+    failed = Proved(Noisy, version(), tmp_path).report
+    assert failed["verdict"] == "failed"
+    assert set(failed["hazards"][0]) == {"hazard", "case", "where", "detail", "way_out"}
+
+
+def test_a_newer_pytorch_than_the_release_has_is_a_note(tmp_path: Path) -> None:
+    proved = Proved(Linear, version(triton="23.10"), tmp_path)
+    assert proved.verdict.passed
+    assert [note for note in proved.verdict.notes if "traces for release 23.10" in note]
+
+
+# ------------------------------------------------------------------------------------------------ time and memory
+
+
+class Slow(Linear):
+    def forward(self, x: torch.Tensor) -> Any:
+        time.sleep(0.02)
+        return self.linear(x)
+
+
+def test_time_cuts_what_is_planned_beyond_the_kept_cases_and_says_so(tmp_path: Path) -> None:
+    proved = Proved(Slow, version(cases=3, budget_s=0.05), tmp_path)
+    assert proved.verdict.passed
+    assert 3 <= proved.verdict.cases < 12
+    assert any(re.fullmatch(r"time ended the planned cases after \d+ of \d+", note) for note in proved.verdict.notes)
+
+
+def test_sizes_that_do_not_fit_into_memory_are_left_out_and_said(tmp_path: Path) -> None:
+    endless = Axis(example=6, min=2, max=10**12)
+    proved = Proved(Linear, version(axes={"t": endless}), tmp_path)
+    assert proved.verdict.passed
+    assert any("may not fit into memory" in note for note in proved.verdict.notes)
+
+
+def test_a_size_at_which_memory_ends_is_left_out_and_said(tmp_path: Path) -> None:
+    class Hungry(Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            if x.shape[0] > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return self.linear(x)
+
+    proved = Proved(Hungry, version(), tmp_path)
+    assert proved.verdict.passed
+    assert any("was left out: OutOfMemoryError: CUDA out of memory" in note for note in proved.verdict.notes)
+
+
+def test_a_proof_costs_less_than_fifteen_calls_per_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = {"eager": 0, "torchscript": 0}
+    for name in count:
+        before = getattr(calls, name)
+
+        def counted(*args: Any, before: Any = before, name: str = name, **more: Any) -> Any:
+            count[name] += 1
+            return before(*args, **more)
+
+        monkeypatch.setattr(calls, name, counted)
+    proved = Proved(Linear, version(axes={"t": T}), tmp_path)
+    planned = len(proved.reference.cases)
+    assert proved.verdict.cases >= 2 * planned
+    # Eager: once a case, and what is spent on calls, chance and rows. TorchScript: twice, three times at first.
+    assert count["eager"] <= planned + 40
+    assert count["torchscript"] <= 2 * planned + 20
+    assert sum(count.values()) < 15 * planned
+
+
+def test_eager_is_run_once_for_all_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Proved(Linear, version(), tmp_path)
+    count = 0
+    before = calls.eager
+
+    def counted(*args: Any, **more: Any) -> Any:
+        nonlocal count
+        count += 1
+        return before(*args, **more)
+
+    monkeypatch.setattr(calls, "eager", counted)
+    with torch.no_grad(), quiet():
+        again = torch.jit.trace(first.reference.build(), first.reference.inputs(first.reference.planned[0]))
+    verdict = proof.prove(first.reference.version, first.reference.build, lambda: again, "cpu", [], first.reference)
+    assert verdict.passed
+    assert count == 0
+
+
+# ------------------------------------------------------------------------------------- what only a candidate can be
+
+
+class ScriptedCounting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x * 2 if self.calls < 3 else x * 3
+
+
+class Double(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+class NamesGpu(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() > 8:
+            return x.to(torch.device("cuda"))
+        return x * 2
+
+
+class Mutating(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        x.add_(1)
+        return y
+
+
+def test_an_answer_that_changes_from_call_to_call(tmp_path: Path) -> None:
+    [hazard] = Proved(Double, version(), tmp_path, lambda: torch.jit.script(ScriptedCounting())).verdict.hazards
+    assert hazard.hazard == "unstable-calls"
+    assert hazard.detail.startswith("call 3: output OUTPUT__0: max abs error ")
+
+
+def test_a_device_that_the_server_does_not_have(tmp_path: Path) -> None:
+    [hazard] = Proved(Double, version(), tmp_path, lambda: torch.jit.script(NamesGpu())).verdict.hazards
+    assert hazard.hazard == "frozen-device"
+    assert hazard.detail == "the TorchScript names cuda, it is served on cpu"
+
+
+def test_a_candidate_that_changes_its_input(tmp_path: Path) -> None:
+    assert Proved(Double, version(), tmp_path, lambda: torch.jit.script(Mutating())).names == ["input-mutation"]
+
+
+# ---------------------------------------------------------------------------------------------------------- eager
+
+
+def test_a_model_that_raises_for_its_example_fails_and_our_own_errors_pass_through(tmp_path: Path) -> None:
+    class Raises(nn.Module):
+        error: type[Exception] = KeyError
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise self.error("no", "such", "word") if self.error is TraceError else self.error("word")
+
+    reference = Reference(version(), Raises, "cpu", tmp_path)
+    [hazard] = reference.hazards_of_eager
+    assert str(hazard) == "eager-fails: case batch=2 draw=plain seed=0: KeyError: 'word'"
+    Raises.error = TraceError
+    with pytest.raises(TraceError):
+        _ = Reference(version(), Raises, "cpu", tmp_path).hazards_of_eager
+
+
+def test_the_truth_of_a_model_that_remembers_is_that_of_a_fresh_copy(tmp_path: Path) -> None:
+    reference = Reference(version(), Counting, "cpu", tmp_path)
+    assert [hazard.hazard for hazard in reference.hazards_of_eager] == ["state"]
+    for case in reference.cases[:8]:
+        outputs = reference.outputs(case)
+        assert outputs
+        assert torch.equal(outputs[0], reference.inputs(case)[0])
+
+
+def test_the_default_dtype_of_an_entry_point_is_not_the_servers(tmp_path: Path) -> None:
+    class Zeros(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(x.shape[0], 3)
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        proved = Proved(Zeros, version(), tmp_path, lambda: torch.jit.script(Zeros()))
+    finally:
+        torch.set_default_dtype(before)
+    assert proved.names == ["differs"]
+    assert proved.verdict.hazards[0].detail == "output OUTPUT__0: found float32, expected float64"
