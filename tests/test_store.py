@@ -196,7 +196,7 @@ def test_a_store_that_cannot_be_written_is_one_warning(kept: Kept, capsys: pytes
     kept.make(A, b"content")
     kept.make(B, b"content")
     assert capsys.readouterr().err == (
-        f"   warning: .build/store: Not a directory: {kept.blob(b'content').parent}\n    results are not kept there\n"
+        f"   warning: {kept.blob(b'content').parent}: Not a directory\n    results are not kept there\n"
     )
 
 

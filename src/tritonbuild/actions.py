@@ -9,6 +9,7 @@ Source: shape of the files in docs/pipeline.md, "Results".
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -63,6 +64,9 @@ _TRACE_RECIPE = (
 _CONFIG_RECIPE = ("config.py", "config_rules.py", "config_tensors.py", "message.py", "dtypes.py")
 
 
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
 def task(action: Callable[..., Any]) -> Callable[..., Any]:
     """Return the action with our errors as failed tasks: one text, exit code 1, no traceback."""
 
@@ -74,9 +78,10 @@ def task(action: Callable[..., Any]) -> Callable[..., Any]:
         except BuildError as error:
             return TaskFailed(str(error))
         except OSError as error:
-            if error.filename is None or error.errno is None:
+            if error.errno is None or (error.filename is None and error.errno not in _FULL):
                 raise
-            return TaskFailed(f"{error.filename}: {error.strerror}\n    free space, or make it writable for this user")
+            where = error.filename or os.getcwd()
+            return TaskFailed(f"{where}: {error.strerror}\n    free space, or make it writable for this user")
         return {**values, "seconds": round(time.perf_counter() - started, 3)}
 
     return run
@@ -275,7 +280,7 @@ def _publish_failure(root: Path, version: ModelVersion, out: Path, error: BuildE
     """Put the failed proof in place; what an earlier run has published stays as it is."""
     path = out / "proof.json"
     result: dict[str, Any] = {"hazards": [], "cases": 0, "max_abs_error": {}}
-    if path.exists():
+    if path.exists() and path.stat().st_size:  # empty on a full disk
         result = json.loads(path.read_text())
     elif isinstance(error, ProofError):  # the child died of the model and wrote nothing
         way_out = error.advice[0] if error.advice else ""

@@ -9,6 +9,7 @@ Source: doit.reporter.ConsoleReporter; exit codes in docs/pipeline.md.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -68,7 +69,8 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             self.outstream.flush()
             self.lock.acquire()
             state.current().reload()  # what the other one finished is not done again
-        _HOLDER.write_text(f"{os.getpid()}\n")
+        with contextlib.suppress(OSError):  # a full disk: the tasks will say so
+            _HOLDER.write_text(f"{os.getpid()}\n")
         shutil.rmtree(BUILD / "tmp", ignore_errors=True)  # what a killed run has left half-written
 
     def _stop(self, number: int, frame: FrameType | None) -> None:

@@ -10,6 +10,7 @@ Source: doit's backend interface (doit.dependency.SqliteDB), https://sqlite.org/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -19,8 +20,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from doit.exceptions import InvalidCommand
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 _TABLES = """
 create table if not exists tasks (name text primary key, data text not null) without rowid;
@@ -31,6 +34,7 @@ create table if not exists files (
 """
 
 _FORMAT = 1
+_ADVICE = "    free space, or make it writable for this user"
 
 # A file may change again within the resolution of its time stamp, with the same size. A digest taken this shortly
 # after the last change is therefore not trusted the next time (git calls such entries racy).
@@ -50,6 +54,7 @@ class State:
         del codec, module_name  # doit passes them to every backend; JSON is part of this file's format
         self.name = name
         self.opened_by = os.getpid()
+        self._said = False
         self._connection = _connect(Path(name))
         self._tasks: dict[str, dict[str, Any]] = {}
         self._texts: dict[str, str] = {}
@@ -87,12 +92,23 @@ class State:
         if dependency in {"deps:", "ignore:"}:
             text = json.dumps(task)
             self._texts[task_id] = text
-            with self._connection:
+            with self._writing():
                 self._connection.execute("insert or replace into tasks values (?, ?)", (task_id, text))
                 if task_id in self._new_parts:
                     parts = json.dumps(self._new_parts.pop(task_id))
                     self._connection.execute("insert or replace into parts values (?, ?)", (task_id, parts))
                 self.files.flush()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Commit what is written in the block. What cannot be written is forgotten, which only costs time."""
+        try:
+            with self._connection:
+                yield
+        except sqlite3.OperationalError as error:
+            if not self._said:
+                self._said = True
+                sys.stderr.write(f"   warning: {self.name}: {error}\n    what this run finishes is done again\n")
 
     def refresh(self, task_id: str, name: str, value: object) -> None:
         """Change one value of a task that did not run; it is written when the run ends."""
@@ -132,7 +148,7 @@ class State:
         # Only where it is as it was read: a command that holds no lock must not undo what a run has written meanwhile.
         known = self._refreshed & self._texts.keys()
         rows = [(json.dumps(self._tasks[name]), name, self._texts[name]) for name in known]
-        with self._connection:
+        with self._writing():
             self._connection.executemany("update tasks set data = ? where name = ? and data = ?", rows)
             self.files.flush()
         self._connection.close()
@@ -201,18 +217,25 @@ def sha256_of(path: str | Path) -> str:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return _open(path)
-    except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.OperationalError) and "disk" not in str(error) and "malformed" not in str(error):
-            raise
-        aside = path.with_suffix(".unreadable")
-        path.replace(aside)
-        for rest in ("-wal", "-shm"):
-            Path(f"{path}{rest}").unlink(missing_ok=True)
-        sys.stderr.write(f"{path.name}: {error}; set aside as {aside.name}, every task is looked at again\n")
-        return _open(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return _open(path)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
+                raise
+            _set_aside(path, error)
+            return _open(path)
+    except (OSError, sqlite3.OperationalError) as error:
+        raise InvalidCommand(f"{path}: {getattr(error, 'strerror', error)}\n{_ADVICE}") from None
+
+
+def _set_aside(path: Path, error: sqlite3.DatabaseError) -> None:
+    aside = path.with_suffix(".unreadable")
+    path.replace(aside)
+    for rest in ("-wal", "-shm"):
+        Path(f"{path}{rest}").unlink(missing_ok=True)
+    sys.stderr.write(f"{path.name}: {error}; set aside as {aside.name}, every task is looked at again\n")
 
 
 def _open(path: Path) -> sqlite3.Connection:

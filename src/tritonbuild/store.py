@@ -299,7 +299,7 @@ class Store:
     def _say(self, error: OSError) -> None:
         if not self._said:
             self._said = True
-            warning = StoreError(".build/store", f"{error.strerror}: {error.filename}", "results are not kept there")
+            warning = StoreError(error.filename or ".build/store", str(error.strerror), "results are not kept there")
             sys.stderr.write(f"   warning: {warning}\n")
 
 

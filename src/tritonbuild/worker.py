@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from multiprocessing.process import BaseProcess
 
+_FREE_SPACE = "free some: nothing is half-written, and the next doit goes on from here"
+
 IMPORT_LIMIT_S = 300.0
 """Seconds that the import of an entry point's module may take."""
 
@@ -174,8 +176,10 @@ def _child(declaration: str, root: str, out: str, log: str, sender: Connection) 
             reply = {"found": {**_found(version, Path(root), opened), "device": device}}
         except BuildError as error:
             reply = {"error": (type(error).__name__, error.args)}
-        except BaseException:  # noqa: BLE001  whatever it is, it must reach the parent
+        except BaseException as error:  # noqa: BLE001  whatever it is, it must reach the parent
             reply = {"bug": traceback.format_exc()}
+            if "No space left on device" in str(error):  # safetensors and torch have exceptions of their own for it
+                reply = {"error": ("TraceError", (f"trace {version.label}", "no space left on device", _FREE_SPACE))}
     sys.stdout.flush()
     sys.stderr.flush()
     sender.send(reply)
