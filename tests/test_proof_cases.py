@@ -58,7 +58,7 @@ def test_planned_and_further_cases_are_legal_and_both_ends_of_every_axis_are_pla
     model = version(batch, **{f"a{i}": axis for i, axis in enumerate(declared)})
     planned = plan(model)
     further = [
-        *itertools.islice(more_sizes(model, {5, 16}, every=True), 200),
+        *itertools.islice(more_sizes(model, {5, 16}), 200),
         *itertools.islice(more_values(model, {0.5, 7}, {"x": None}), 200),
     ]
     for found in (*planned, *further):
@@ -110,15 +110,15 @@ def test_a_model_without_axes_varies_its_values_only() -> None:
 
 def test_numbers_of_the_code_come_first_in_the_search() -> None:
     model = version(8, t=Axis(example=5, min=1, max=300))
-    found = [tuple(further.sizes.values()) for further in more_sizes(model, {77, 1000}, every=False)]
+    found = [tuple(further.sizes.values()) for further in itertools.islice(more_sizes(model, {77, 1000}), 9)]
     assert found[:3] == [(2, 77), (2, 78), (2, 76)]
-    assert (7, 11) in found or (1, 77) in found
+    assert (1, 77) in found
     assert all(1 <= size <= 300 for _, size in found)
 
 
 def test_every_size_is_reached() -> None:
     model = version(4, t=Axis(example=5, min=1, max=50))
-    found = {further.sizes["t"] for further in itertools.islice(more_sizes(model, (), every=True), 400)}
+    found = {further.sizes["t"] for further in itertools.islice(more_sizes(model, ()), 400)}
     assert found == set(all_sizes(model.axes["t"]))
 
 

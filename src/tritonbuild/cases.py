@@ -151,13 +151,12 @@ def joint_sizes(version: ModelVersion, seed: int) -> Iterator[dict[str, int]]:
         yield {name: rng.choice(sizes) for name, sizes in choices.items()}
 
 
-def more_sizes(version: ModelVersion, numbers: Collection[int], *, every: bool) -> Iterator[Case]:
+def more_sizes(version: ModelVersion, numbers: Collection[int]) -> Iterator[Case]:
     """Yield further cases of sizes: around numbers in the model's code, then every size of every axis, joint sizes.
 
     Args:
         version: The declaration.
         numbers: Whole numbers that the model's code compares with or holds.
-        every: Whether to go on after those numbers.
     """
     axes = version.all_axes
     example = example_sizes(version)
@@ -173,8 +172,6 @@ def more_sizes(version: ModelVersion, numbers: Collection[int], *, every: bool) 
         pair = next(((a, b) for a, b in products if legal(axes[two], b)), None)
         if pair:
             yield case({**example, one: pair[0], two: pair[1]}, PLAIN, 201)
-    if not every:
-        return
     # Batch 1 and the smallest of the others: the cheapest way to see every size.
     rest = {**example, "batch": 1} if "batch" in axes else example
     rng = random.Random(1)  # noqa: S311

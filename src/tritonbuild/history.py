@@ -86,7 +86,7 @@ def _ahead(reference: Reference, touched: Sequence[str]) -> str | None:
     for _ in range(3):
         reference.attempt(module, reference.inputs(case))
         values.append({name: value for name in touched if (value := _get(module, name)) is not None})
-    numbers = sorted({int(n) for n in reference.seen.numbers if float(n).is_integer() and abs(n) < 2**31})
+    numbers = sorted({int(n) for n in reference.seen.numbers if abs(n) < 2**31 and float(n).is_integer()})
     for name in values[0]:
         if name not in values[2] or name not in values[1]:
             continue

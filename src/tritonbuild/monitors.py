@@ -8,12 +8,12 @@ Source: torch.overrides (TorchFunctionMode), sys.settrace with opcode events, th
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import os
 import sys
 import sysconfig
-from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from types import CodeType, FrameType
 
+_SMALL = 64
+"""Numbers of one container or tensor that are looked at."""
+
 _STEPS = 200_000
 """Instructions of one call that are remembered; longer loops are compared up to here."""
 
@@ -38,7 +41,7 @@ _ESCAPES = _BOOLS | _NUMBERS | _ARRAYS | _TEXTS
 
 _COMPARISONS = frozenset(
     {"gt", "lt", "ge", "le", "eq", "ne", "__gt__", "__lt__", "__ge__", "__le__", "__eq__", "__ne__"}
-    | {"greater", "less", "greater_equal", "less_equal", "not_equal", "isclose", "clamp", "__contains__"}
+    | {"greater", "less", "greater_equal", "less_equal", "not_equal", "isclose", "isin", "clamp", "__contains__"}
 )
 _RANDOM = frozenset(
     {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial"}
@@ -141,7 +144,7 @@ class Observation:
     """
 
     escapes: list[Escape] = field(default_factory=list)
-    steps: deque[tuple[CodeType, int]] = field(default_factory=lambda: deque(maxlen=_STEPS))
+    steps: list[tuple[CodeType, int]] = field(default_factory=list)
     numbers: set[float] = field(default_factory=set)
     random: list[tuple[str, Site | None]] = field(default_factory=list)
     dropout: list[tuple[str, Site | None]] = field(default_factory=list)
@@ -155,7 +158,7 @@ class Observation:
     def same_way(self, other: Observation) -> bool:
         """Return whether Python's code went the same way: the same instructions, the same bools that left torch."""
         bools, others = ([e.value for e in seen.escapes if e.kind == "bool"] for seen in (self, other))
-        return bools == others and list(self.steps) == list(other.steps)
+        return bools == others and self.steps == other.steps
 
 
 def called_random(seen: Observation) -> list[tuple[str, Site | None]]:
@@ -166,9 +169,10 @@ def called_random(seen: Observation) -> list[tuple[str, Site | None]]:
 class _Watch(TorchFunctionMode):
     """Sees every call of torch from Python; calls inside TorchScript and inside the operators are not Python's."""
 
-    def __init__(self, seen: Observation, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, seen: Observation, module: nn.Module, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.seen = seen
+        self.held = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
         self.inputs = inputs
         self.versions = [tensor._version for tensor in inputs]
 
@@ -208,9 +212,10 @@ class _Watch(TorchFunctionMode):
         for arg in args:
             if isinstance(arg, (int, float)):
                 self.seen.numbers.add(arg)
-            elif isinstance(arg, Tensor) and arg.dim() == 0 and not arg.is_complex() and not arg.is_meta:
-                with torch._C.DisableTorchFunction():
-                    self.seen.numbers.add(arg.item())
+            elif isinstance(arg, Tensor) and (not arg.dim() or (id(arg) in self.held and arg.numel() <= _SMALL)):
+                # A tensor under vmap or without data has no numbers.
+                with torch._C.DisableTorchFunction(), contextlib.suppress(RuntimeError, NotImplementedError):
+                    self.seen.numbers |= _numbers(arg.detach().flatten().tolist())
 
     def _changed(self) -> None:
         for i, tensor in enumerate(self.inputs):
@@ -229,10 +234,12 @@ class _Steps:
 
     def __init__(self, seen: Observation) -> None:
         self.seen = seen
-        self.codes: set[CodeType] = set()
+        self.codes: dict[CodeType, dict[str, Any]] = {}
 
     def __enter__(self) -> None:
         self.before = sys.gettrace()
+        # Python 3.12 has opcode events only if a frame has asked for them before the tracing starts.
+        sys._getframe().f_trace_opcodes = True
         self.profiled = sys.getprofile() is not None  # somebody measures us: leave that alone
         sys.settrace(self._call)
         if not self.profiled:
@@ -242,19 +249,20 @@ class _Steps:
         sys.settrace(self.before)
         if not self.profiled:
             sys.setprofile(None)
-        for code in self.codes:
-            self.seen.numbers.update(_numbers(code.co_consts))
+        for code, names in self.codes.items():
+            self.seen.numbers |= _numbers(code.co_consts)
+            self.seen.numbers |= _numbers(names[name] for name in code.co_names if name in names)
 
     def _call(self, frame: FrameType, _event: str, _arg: Any) -> Any:
         if not first_party(frame.f_code.co_filename):
             return None
-        self.codes.add(frame.f_code)
+        self.codes[frame.f_code] = frame.f_globals
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
         return self._opcode
 
     def _opcode(self, frame: FrameType, event: str, _arg: Any) -> Any:
-        if event == "opcode":
+        if event == "opcode" and len(self.seen.steps) < _STEPS:
             self.seen.steps.append((frame.f_code, frame.f_lasti))
         return self._opcode
 
@@ -263,13 +271,15 @@ class _Steps:
             self.seen.clocks.append((arg.__name__, here()))
 
 
-def _numbers(constants: Iterable[Any]) -> set[float]:
+def _numbers(values: Iterable[Any]) -> set[float]:
     found: set[float] = set()
-    for constant in constants:
-        if isinstance(constant, (tuple, frozenset)):
-            found |= _numbers(constant)
-        elif isinstance(constant, (int, float)) and not isinstance(constant, bool):
-            found.add(constant)
+    for value in values:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.add(value)
+        elif isinstance(value, (tuple, list, set, frozenset)) and len(value) <= _SMALL:
+            found |= _numbers(value)
+        elif isinstance(value, dict) and len(value) <= _SMALL:
+            found |= _numbers(value) | _numbers(value.values())
     return found
 
 
@@ -279,11 +289,12 @@ def observe(module: nn.Module, inputs: Sequence[Tensor], run: Callable[[], Any])
     The answer of a watched call is not eager's: torch leaves its fast paths when it is watched.
     """
     seen = Observation()
-    with _Watch(seen, inputs), _Steps(seen):
+    with _Watch(seen, module, inputs), _Steps(seen):
         run()
     for part in module.modules():
-        if first_party(getattr(sys.modules.get(type(part).__module__), "__file__", "") or ""):
-            seen.numbers |= _numbers(vars(part).values())
+        if first_party(getattr(sys.modules.get(type(part).__module__), "__file__", None) or "<none>"):
+            own = {name: value for name, value in vars(part).items() if name not in nn.Module.__annotations__}
+            seen.numbers |= _numbers(own.values()) | _numbers(vars(type(part)).values())
     return seen
 
 

@@ -44,8 +44,11 @@ _EVIDENCE_S = 2.0
 _SEARCH_CASES = 1000
 _SEARCH_LEAST = 8
 _SEARCH_S = 2.0
-_NUMBERS_S = 0.25
-"""Most and fewest cases of the search, and its seconds: where Python decides, and where code only holds numbers."""
+"""Most and fewest cases of the search, and its seconds, where Python was seen to decide by sizes or values."""
+
+_LOOK_CASES = 100
+_LOOK_S = 0.2
+"""The same for a model of which nothing of that kind is known: some branches on sizes leave no trace of themselves."""
 
 
 @dataclass
@@ -177,17 +180,17 @@ class Trial:
         reference = self.reference
         numbers = {n for n in reference.seen.numbers if n == n and abs(n) < 1e30}
         whole = {int(n) for n in numbers if n == int(n) and n > 2}
-        warned = any(first_party(warning.filename) for warning in self.warnings)
-        streams = [cases.more_sizes(self.version, whole, every=warned)]
+        suspicious = bool(reference.seen.escapes) or any(first_party(warning.filename) for warning in self.warnings)
+        streams = [cases.more_sizes(self.version, whole)]
         if reference.seen.escapes:
             streams += [cases.more_values(self.version, numbers, reference.source.bounds), climb.found(reference)]
-        suspicious = len(streams) > 1 or warned
-        limit_s = min(self.version.trace.budget_s, _SEARCH_S if suspicious else _NUMBERS_S)
+        most, limit_s = (_SEARCH_CASES, _SEARCH_S) if suspicious else (_LOOK_CASES, _LOOK_S)
+        limit_s = min(self.version.trace.budget_s, limit_s)
         done = set(reference.cases)
         started = time.perf_counter()
         for tried, case in enumerate(_in_turn(streams)):
             spent = time.perf_counter() - started
-            if tried >= _SEARCH_CASES or (spent > limit_s and (tried >= _SEARCH_LEAST or not suspicious)):
+            if tried >= most or (spent > limit_s and (tried >= _SEARCH_LEAST or not suspicious)):
                 if suspicious:
                     self.notes.append(f"the search for further cases ended after {tried}, {spent:.1f} s")
                 break

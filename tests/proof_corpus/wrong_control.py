@@ -704,3 +704,37 @@ class FastOrSlow(nn.Module):
             return x.view(x.shape[0], -1, 5, 8).sum(2)
         except RuntimeError:
             return x * 2
+
+
+SPEEDS = {7: 1.5, 23: 2.0}
+
+
+@wrong("differs", "branch-on-shape", "frozen-size", shows=lambda x: (torch.randn(2, 23, 8),), **SEQ)
+class TableOfSizesSilent(nn.Module):
+    def forward(self, x):
+        return x * SPEEDS.get(x.shape[1], 1.0)
+
+
+@wrong("frozen-size", "branch-on-shape", x="float32 batch t 8", t=(64, 1, 512))
+class ListOfSizesSilent(nn.Module):
+    def forward(self, x):
+        return x * [1.0, 2.0, 3.0, 4.0, 5.0, 6.0][x.shape[1] // 100]
+
+
+@wrong("frozen-size", "branch-on-shape", x="float32 batch t 8", t=(16, 1, 49))
+class SquareSilent(nn.Module):
+    def forward(self, x):
+        side = math.isqrt(x.shape[1])
+        return x[:, : side * side].view(x.shape[0], side, side, 8).mean(1).sum(1)
+
+
+@wrong("branch-on-values", batch=0, ids="int64 8 in 0 30000", shows=lambda ids: (torch.full_like(ids, 102),))
+class SpecialIds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("special", torch.tensor([101, 102, 103]))
+
+    def forward(self, ids):
+        if torch.isin(ids, self.special).all():
+            return ids * 0
+        return ids
