@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import functools
 import json
 import sys
 from functools import cached_property
@@ -295,7 +294,9 @@ def _rules_of_the_rest(data: dict[str, Any], error: ValidationError) -> Iterator
     for details in error.errors():
         if details["type"] == "extra_forbidden":
             *steps, key = details["loc"]
-            mapping: Any = functools.reduce(lambda node, step: node[step], steps, data)
+            mapping: Any = data
+            for step in steps:
+                mapping = mapping[step]
             value = mapping.pop(key, None)
             for near in difflib.get_close_matches(str(key), _keys_at(details["loc"]), n=1):
                 mapping.setdefault(near, value)  # read as what it seems to mean
