@@ -46,8 +46,8 @@ _SEARCH_LEAST = 8
 _SEARCH_S = 2.0
 """Most and fewest cases of the search, and its seconds, where Python was seen to decide by sizes or values."""
 
-_LOOK_CASES = 100
-_LOOK_S = 0.2
+_LOOK_CASES = 64
+_LOOK_S = 0.1
 """The same for a model of which nothing of that kind is known: some branches on sizes leave no trace of themselves."""
 
 
