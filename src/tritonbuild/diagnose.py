@@ -112,10 +112,11 @@ def explain(evidence: Evidence, mismatches: Sequence[Mismatch]) -> Hazard:
     mismatch = min(mismatches, key=lambda m: (_moved_axes(reference, m.case), _plainness(m)))
     if not mismatch.alone:
         return _named("unstable-calls", mismatch, None)
+    accepted = reference.version.trace.accept  # both ran with one seed: what is accepted explains no difference
     training, random = evidence.graph.training(), evidence.graph.random()
-    if training:
+    if training and "training-mode" not in accepted:
         return _named("training-mode", mismatch, training[0].site)
-    if random:
+    if random and "nondeterministic" not in accepted:
         seen = monitors.called_random(reference.seen)
         return _named("nondeterministic", mismatch, seen[0][1] if seen else random[0].site)
     if not evidence.traced:

@@ -44,6 +44,8 @@ _TRAINING = {
     "aten::batch_norm": (5, None),
     "aten::_batch_norm_impl_index": (5, None),
     "aten::rrelu": (3, None),
+    **{f"aten::{name}": (6, 5) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+    "aten::scaled_dot_product_attention": (4, 4),
 }
 _RANGE = re.compile(r'(?:File "(?P<f1>[^"]+)", line (?P<l1>\d+))|(?:^\s*(?P<f2>[^\s(][^(\n]*)\((?P<l2>\d+)\):)', re.M)
 
@@ -158,7 +160,7 @@ def _structural(first: list[Node], second: list[Node]) -> Change:
 
 def _trains(node: Node) -> bool:
     flag, probability = _TRAINING[node.kind]
-    if len(node.inputs) <= flag or node.inputs[flag] not in (True, 1):
+    if len(node.inputs) <= flag or not node.inputs[flag]:
         return False
     return probability is None or node.inputs[probability] != 0
 

@@ -114,6 +114,8 @@ def _digest(value: object, depth: int = 3, *, of_global: bool = False) -> object
     if depth and not isinstance(value, (type, nn.Module)) and first_party(_file(type(value))):
         own = getattr(value, "__dict__", {})
         return (id(value), _first(own, depth), _first(own.values(), depth))
+    if depth and isinstance(value, type) and first_party(_file(value)):
+        return _first((item for name, item in vars(value).items() if not name.startswith("__")), 1)
     return None if of_global else id(value)
 
 

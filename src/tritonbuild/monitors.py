@@ -17,6 +17,7 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy
 import torch
@@ -283,13 +284,18 @@ def _numbers(values: Iterable[Any]) -> set[float]:
     return found
 
 
+def _unchecked(*_: object, **__: object) -> None:
+    pass
+
+
 def observe(module: nn.Module, inputs: Sequence[Tensor], run: Callable[[], Any]) -> Observation:
     """Run `run`, which calls the module with the inputs, and return what it did.
 
     The answer of a watched call is not eager's: torch leaves its fast paths when it is watched.
     """
     seen = Observation()
-    with _Watch(seen, module, inputs), _Steps(seen):
+    # torch's own checks import sympy, for seconds, and only on the paths that watching makes it take.
+    with mock.patch.object(torch, "_check_with", _unchecked), _Watch(seen, module, inputs), _Steps(seen):
         run()
     for part in module.modules():
         if first_party(getattr(sys.modules.get(type(part).__module__), "__file__", None) or "<none>"):

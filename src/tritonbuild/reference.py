@@ -39,6 +39,12 @@ _SMALL_BYTES = 2**16
 _EXTRA_S = 0.25
 """Seconds for planned cases beyond the kept ones; a model whose kept cases take longer gets half of theirs."""
 
+_NO_ROWS = frozenset(
+    {"outputs-change", "rank-changes", "batch-not-first", "scalar-output", "eager-fails"}
+    | {"nondeterministic", "training-mode", "state"}
+)
+"""Hazards after which a row cannot be compared with the row alone."""
+
 _CHANCE_S = 0.3
 _LONG_S = 2.0
 
@@ -268,8 +274,7 @@ class Reference:
         found += [fails] if fails else []
         answers = [(case, outputs) for case in self._ran if (outputs := self.outputs(case)) is not None]
         found += batching.structure(self, answers, self.output_names)
-        structural = {"outputs-change", "rank-changes", "batch-not-first", "scalar-output", "eager-fails"}
-        if self.version.max_batch_size and not structural & {hazard.hazard for hazard in found}:
+        if self.version.max_batch_size and not _NO_ROWS & {hazard.hazard for hazard in found}:
             found += batching.rows(self, self.output_names)
         if self._mutated:
             found.append(self._mutated)
