@@ -25,7 +25,7 @@ from tritonbuild.results import parse_result
 if TYPE_CHECKING:
     from pathlib import Path
 
-KILLS = int(os.environ.get("TRITONBUILD_KILLS", "12"))
+KILLS = int(os.environ.get("TRITONBUILD_KILLS", "6"))
 SEED = int(os.environ.get("TRITONBUILD_SEED", "7"))
 BUILD = ("check", "trace", "config", "repository")
 
@@ -188,7 +188,7 @@ def test_a_kill_at_any_moment_leaves_nothing_wrong(tmp_path: Path) -> None:
     print(f"{chaos.kills} kills in {runs} runs, seed {SEED}")
 
 
-@pytest.mark.parametrize("free", [0, 80_000, 180_000])
+@pytest.mark.parametrize("free", [0, 180_000])
 def test_a_full_disk_says_so_and_the_next_run_is_right(tmp_path: Path, free: int) -> None:
     """A file system of 2 MB with so many bytes left; needs the right to mount one."""
     place = tmp_path / "small"

@@ -58,7 +58,7 @@ class _Job:
     done: threading.Event = field(default_factory=threading.Event)
     bytes: int = 0
     heard: float = field(default_factory=time.monotonic)
-    limit_s: float = TIME_OUT_S
+    limit_s: float = field(default_factory=lambda: TIME_OUT_S)
 
     def run(self) -> None:
         try:
