@@ -67,13 +67,15 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) ->
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGKILL", "SIGTERM"])
 def test_no_child_outlives_a_doit_that_is_stopped_while_tracing(
-    how: str, project: Callable[[dict[str, str]], Project]
+    how: str, processes: str, project: Callable[[dict[str, str]], Project]
 ) -> None:
     made = project({"pipeline.yaml": PIPELINE, "slow.py": SLOW})
     mark = uuid.uuid4().hex
-    process = made.start("trace", **{MARK: mark})
+    assert made.doit("trace:quick/1").code == 0
+    process = made.start(*(["-n", processes] if processes != "1" else []), "trace", **{MARK: mark})
     wait_for((made.root / "started").exists, "the child to trace")
     if how == "Ctrl-C":
         os.killpg(process.pid, signal.SIGINT)

@@ -10,6 +10,7 @@ Source: doit.reporter.ConsoleReporter; exit codes in docs/pipeline.md.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from doit.exceptions import BaseFail
     from doit.task import Task
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 BUILD = Path(".build")
 _LOCK = BUILD / "lock"
@@ -58,6 +61,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         """Take the project's lock; called once, before the first task is looked at."""
         super().initialize(tasks, selected_tasks)
         Reporter.everything = len(selected_tasks) == len(tasks)
+        os.register_at_fork(after_in_child=_die_with_parent)  # the processes of `doit -n`
         BUILD.mkdir(exist_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
@@ -149,6 +153,14 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         self.write("\n")
         Console(file=self.outstream, width=100, highlight=False).print(table)
         self.write("\n")
+
+
+def _die_with_parent() -> None:
+    # A process of `doit -n` waits for its next task for ever; after a SIGKILL of doit none will come.
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _few(names: list[str]) -> str:
