@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from tritonbuild.hazards import Hazard
     from tritonbuild.reference import Reference
 
-_ROWS = 3
-"""Rows of one batch that are compared with the row alone."""
-
 _CHAOS = 16.0
 """Rounding explains an error of this many times what changing the inputs in their last bits does, on average."""
 
@@ -95,7 +92,8 @@ def rows(reference: Reference, names: Sequence[str]) -> Iterator[Hazard]:
     """
     axis = reference.version.all_axes["batch"]
     example = cases.example_sizes(reference.version)
-    batches = [size for size in dict.fromkeys((2, 3, axis.max)) if size in cases.all_sizes(axis) and size > 1]
+    wanted = (min(3, axis.max),) if reference.dear else (2, 3, axis.max)
+    batches = [size for size in dict.fromkeys(wanted) if size in cases.all_sizes(axis) and size > 1]
     for turn, batch in enumerate(batches):
         if turn == 2 and not reference.cheap({**example, "batch": batch}):
             continue
@@ -105,7 +103,7 @@ def rows(reference: Reference, names: Sequence[str]) -> Iterator[Hazard]:
         if not isinstance(whole, tuple):
             continue
         others = reference.inputs(cases.case(case.sizes, PLAIN, 600 + turn))
-        for row in sorted({0, batch // 2, batch - 1}):
+        for row in sorted({0, batch - 1} | (set() if reference.dear else {batch // 2})):
             beside = [_with_row(other, tensor, row) for other, tensor in zip(others, inputs, strict=True)]
             alone = [tensor[row : row + 1].contiguous() for tensor in inputs]
             for text, found, at in (

@@ -114,10 +114,12 @@ def explain(evidence: Evidence, mismatches: Sequence[Mismatch]) -> Hazard:
         return _named("unstable-calls", mismatch, None)
     accepted = reference.version.trace.accept  # both ran with one seed: what is accepted explains no difference
     training, random = evidence.graph.training(), evidence.graph.random()
+    seen = monitors.called_random(reference.seen)
+    if not evidence.traced and not seen:
+        random = []  # a script holds both sides of `if self.training`, and eager took the one without chance
     if training and "training-mode" not in accepted:
         return _named("training-mode", mismatch, training[0].site)
     if random and "nondeterministic" not in accepted:
-        seen = monitors.called_random(reference.seen)
         return _named("nondeterministic", mismatch, seen[0][1] if seen else random[0].site)
     if not evidence.traced:
         return _unexplained(evidence, mismatch)

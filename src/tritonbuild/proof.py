@@ -107,7 +107,7 @@ def prove(
         passed=not failing,
         hazards=failing,
         accepted=[(hazard, accepted[hazard.hazard]) for hazard in unique if hazard.hazard in accepted],
-        cases=trial.compared,
+        cases=len(trial.compared),
         max_abs_error=trial.errors,
         seconds=time.perf_counter() - started,
         notes=[*reference.notes, *trial.notes],

@@ -37,7 +37,13 @@ if TYPE_CHECKING:
 _REMEMBERED_BYTES = 2**30
 _SMALL_BYTES = 2**16
 _EXTRA_S = 0.25
-"""Seconds for planned cases beyond the kept ones; a model whose kept cases take longer gets half of theirs."""
+"""Seconds for planned cases beyond the kept ones; a model whose kept cases take longer gets a quarter of theirs."""
+
+_KEPT_S = 6.0
+"""Seconds of eager after which only the most telling of the cases to keep are run."""
+
+_DEAR_S = 0.05
+"""Seconds of one call from which a model is dear: it is run on the cases to keep, and not twice on each."""
 
 _NO_ROWS = frozenset(
     {"outputs-change", "rank-changes", "batch-not-first", "scalar-output", "eager-fails"}
@@ -217,6 +223,11 @@ class Reference:
         _ = self.example
         return dict(getattr(getattr(self._used, "interface", None), "sources", ()))
 
+    @property
+    def dear(self) -> bool:
+        """Whether calls take so long that their number must be kept down."""
+        return self.forward_s > _DEAR_S
+
     def cheap(self, sizes: Mapping[str, int], limit_s: float = 0.1) -> bool:
         """Return whether a call at these sizes is expected to be quick and to fit into memory."""
         return self._expected_s(sizes) < limit_s and self._fits(sizes)
@@ -319,14 +330,16 @@ class Reference:
         kept = self.version.trace.cases
         started = time.perf_counter()
         limit_s = math.inf
+        essential = min(kept, 6 + 4 * len(self.version.all_axes))
         fails: Hazard | None = None
         self._ran = []
         for i, case in enumerate(self.planned):
             spent = time.perf_counter() - started
             if i == kept:
-                limit_s = min(self.version.trace.budget_s, max(_EXTRA_S, spent / 2)) + spent
-            if i >= kept and spent > limit_s:
-                self.note(f"time ended the planned cases after {i} of {len(self.planned)}")
+                limit_s = min(self.version.trace.budget_s, max(_EXTRA_S, spent / 4)) + spent
+            if (i >= kept and (spent > limit_s or self.dear)) or (i >= essential and spent > _KEPT_S):
+                if i < kept or not self.dear:
+                    self.note(f"time ended the planned cases after {i} of {len(self.planned)}")
                 break
             if not self._fits(case.sizes):
                 self.note(f"case {case} was left out: it may not fit into memory")
