@@ -190,6 +190,21 @@ def test_a_wrong_trace_does_not_pass(project: Project) -> None:
     assert len(text.splitlines()) == 2
 
 
+def test_chance_that_only_training_has_is_not_blamed(project: Project) -> None:
+    source = """
+    class Net(nn.Module):
+        def forward(self, x: Tensor):
+            if self.training:
+                x = x + torch.randn_like(x)
+            if torch.jit.is_scripting():
+                return x * 3
+            return x * 2
+    """
+    declared = project.declare(source, inputs={"x": ["batch", 3]}, trace={"method": "script"})
+    text, _ = failed(declared, ProofError)
+    assert text.startswith("trace m/1: differs: case batch=")
+
+
 def test_where_no_way_passes_each_is_named(project: Project) -> None:
     source = """
     class Net(nn.Module):
