@@ -263,11 +263,12 @@ def test_parts_are_not_made_while_all_they_are_made_from_is_the_same(checked: Ch
 
 
 def test_a_dependency_edited_while_its_task_ran_is_not_taken_for_read(tmp_path: Path) -> None:
-    State(str(tmp_path / ".build" / "state.sqlite"))
+    memory = State(str(tmp_path / ".build" / "state.sqlite"))
     labels = tmp_path / "labels.txt"
     labels.write_text("cat\n")
     checker = keys.FileChecker()
     before = checker.info(str(labels))
+    memory.files.something_runs()
     labels.write_text("dog\n")
     remembered = checker.get_state(str(labels), None)
     assert remembered == "edited while the task ran"

@@ -74,7 +74,7 @@ def test_a_refreshed_value_is_written_only_over_what_was_read(opened: Callable[[
         succeed(memory, task, {"key": "1", "same_while": "x"})
     reader = opened()
     for task in ("a", "b"):
-        reader.refresh(task, "same_while", "y")
+        reader.refresh(task, "y")
     succeed(memory, "b", {"key": "2", "same_while": "z"})
     reader.dump()
     later = opened()

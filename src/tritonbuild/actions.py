@@ -155,11 +155,16 @@ class Traced(NamedTuple):
 
 def traced(version: ModelVersion) -> Traced:
     """Return where the results of a traced version lie."""
+    return _traced(version.label)
+
+
+@functools.cache
+def _traced(label: str) -> Traced:
     return Traced(
-        model=f"models/{version.label}/model.pt",
-        signature=f".build/signature/{version.label}.json",
-        cases=f".build/cases/{version.label}.safetensors",
-        proof=f".build/proof/{version.label}.json",
+        model=f"models/{label}/model.pt",
+        signature=f".build/signature/{label}.json",
+        cases=f".build/cases/{label}.safetensors",
+        proof=f".build/proof/{label}.json",
     )
 
 

@@ -145,7 +145,10 @@ class UpToDate:
     def __call__(self, task: Task, values: dict[str, Any]) -> bool:
         """Return whether the task need not run; registers what to remember when it has run."""
         task.value_savers.append(lambda: self._remember(task.values))
-        return not self.reasons(task.name, values)
+        if self.reasons(task.name, values):
+            state.current().files.something_runs()
+            return False
+        return True
 
     def reasons(self, task: str, values: Mapping[str, Any]) -> list[Reason]:
         """Return why the task must run: each part of its key that differs, or the targets; nothing when up to date."""
@@ -157,7 +160,7 @@ class UpToDate:
                 now = self.complete(values["files"], values["distributions"])
                 return differences(memory.parts(task), now) or [Reason("the order of what is declared differs")]
             if self.same_while is not None:
-                memory.refresh(task, "same_while", self.same_while)
+                memory.refresh(task, self.same_while)
         digest_of, base = memory.files.digest, f"{self.root}/"
         reasons = [
             Reason.of(("files", path), before, digest_of(base + path))
@@ -244,7 +247,7 @@ class FileChecker(FileChangedChecker):  # type: ignore[misc]
 
     def exists(self, file_path: str) -> bool:
         """Return whether a target exists."""
-        return os.path.exists(file_path)
+        return state.current().files.digest(file_path) is not None
 
     def info(self, file_path: str) -> str:
         """Return the state of the file as it is now."""

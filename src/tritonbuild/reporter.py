@@ -85,6 +85,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
 
     def execute_task(self, task: Task) -> None:
         """Show the task that starts."""
+        state.current().files.something_runs()
         super().execute_task(task)
         self.outstream.flush()
 

@@ -73,10 +73,13 @@ class State:
         self.files.reload()
 
     def _task(self, task_id: str) -> dict[str, Any]:
-        if task_id not in self._tasks:
+        task = self._tasks.get(task_id)
+        if task is None:
             text = self._texts.get(task_id)
-            self._tasks[task_id] = json.loads(text) if text else {}
-        return self._tasks[task_id]
+            task = self._tasks[task_id] = json.loads(text) if text else {}
+            if text:
+                self._texts[task_id] = ""  # it is known, and once in memory
+        return task
 
     def get(self, task_id: str, dependency: str) -> Any:
         """Return what was stored, or None."""
@@ -88,10 +91,12 @@ class State:
         if dependency == "_values_:" and isinstance(value, dict) and "parts" in value:
             self._new_parts[task_id] = value["parts"]
             value = {name: known for name, known in value.items() if name != "parts"}
+        if dependency == "result:" and isinstance(value, dict) and "key" in task.get("_values_:", {}):
+            value = task["_values_:"]["key"]  # what doit's result_dep compares; the values are there already
         task[dependency] = value
         if dependency in {"deps:", "ignore:"}:
             text = json.dumps(task)
-            self._texts[task_id] = text
+            self._texts[task_id] = ""
             with self._writing():
                 self._connection.execute("insert or replace into tasks values (?, ?)", (task_id, text))
                 if task_id in self._new_parts:
@@ -110,10 +115,19 @@ class State:
                 self._said = True
                 sys.stderr.write(f"   warning: {self.name}: {error}\n    what this run finishes is done again\n")
 
-    def refresh(self, task_id: str, name: str, value: object) -> None:
-        """Change one value of a task that did not run; it is written when the run ends."""
-        self._task(task_id)["_values_:"][name] = value
+    def refresh(self, task_id: str, same_while: str) -> None:
+        """Note under which digest a task that did not run was found up to date; it is written when the run ends."""
+        self._task(task_id)["_values_:"]["same_while"] = same_while
         self._refreshed.add(task_id)
+
+    def _write_refreshed(self) -> None:
+        for name in self._refreshed:
+            row = self._connection.execute("select data from tasks where name = ?", (name,)).fetchone()
+            now = json.loads(row[0]) if row else {}
+            # A command that holds no lock must not undo what a run has written meanwhile.
+            if now.get("_values_:", {}).get("key") == self._tasks[name]["_values_:"]["key"]:
+                now["_values_:"]["same_while"] = self._tasks[name]["_values_:"]["same_while"]
+                self._connection.execute("update tasks set data = ? where name = ?", (json.dumps(now), name))
 
     def parts(self, task_id: str) -> dict[str, Any]:
         """Return the parts of the action key with which the task last succeeded; none if it is not known."""
@@ -145,11 +159,8 @@ class State:
 
     def dump(self) -> None:
         """Write what is left and close; doit calls this at the end of a command."""
-        # Only where it is as it was read: a command that holds no lock must not undo what a run has written meanwhile.
-        known = self._refreshed & self._texts.keys()
-        rows = [(json.dumps(self._tasks[name]), name, self._texts[name]) for name in known]
         with self._writing():
-            self._connection.executemany("update tasks set data = ? where name = ? and data = ?", rows)
+            self._write_refreshed()
             self.files.flush()
         self._connection.close()
 
@@ -171,16 +182,29 @@ class FileDigests:
         self._connection = connection
         self._known: dict[str, tuple[int, int, int, str]] = {}
         self._seen: dict[str, tuple[int, int, int, str]] = {}
+        self._once: dict[str, str | None] | None = {}
         self._new: dict[str, tuple[int, int, int, str]] = {}
 
     def reload(self) -> None:
         """Read again what another process has written meanwhile."""
+        self._once = {} if self._once is not None else None
         rows = self._connection.execute("select path, size, mtime_ns, inode, digest from files")
         self._known = {path: (size, mtime_ns, inode, digest) for path, size, mtime_ns, inode, digest in rows}
+
+    def something_runs(self) -> None:
+        """Look at every file again from now on: until a task runs, once a run is enough."""
+        self._once = None
 
     def digest(self, path: str | Path) -> str | None:
         """Return the sha256 of the file's content in hexadecimal, or None when there is no such file."""
         name = os.fspath(path)
+        if self._once is None:
+            return self._digest(name)
+        if name not in self._once:
+            self._once[name] = self._digest(name)
+        return self._once[name]
+
+    def _digest(self, name: str) -> str | None:
         try:
             stat = os.stat(name)
         except (FileNotFoundError, NotADirectoryError):
