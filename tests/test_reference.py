@@ -220,6 +220,16 @@ def test_time_cuts_what_is_planned_beyond_the_kept_cases_and_says_so(tmp_path: P
     assert any(re.fullmatch(r"time ended the planned cases after \d+ of \d+", note) for note in proved.verdict.notes)
 
 
+def test_a_model_too_slow_for_its_budget_is_proved_at_its_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tritonbuild.reference._LONG_S", 0.0)
+    proved = Proved(Linear, version(cases=3, budget_s=1e-9), tmp_path)
+    assert proved.verdict.passed
+    assert proved.verdict.cases >= 1
+    assert any("was left out: it would take 0 s (budget_s)" in note for note in proved.verdict.notes)
+
+
 def test_sizes_that_do_not_fit_into_memory_are_left_out_and_said(tmp_path: Path) -> None:
     endless = Axis(example=6, min=2, max=10**12)
     proved = Proved(Linear, version(axes={"t": endless}), tmp_path)
