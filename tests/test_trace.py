@@ -196,6 +196,7 @@ def test_chance_that_only_training_has_is_not_blamed(project: Project) -> None:
         def forward(self, x: Tensor):
             if self.training:
                 x = x + torch.randn_like(x)
+            x = x + torch.empty((), dtype=torch.float32).fill_(1)
             if torch.jit.is_scripting():
                 return x * 3
             return x * 2

@@ -115,7 +115,7 @@ def explain(evidence: Evidence, mismatches: Sequence[Mismatch]) -> Hazard:
     accepted = reference.version.trace.accept  # both ran with one seed: what is accepted explains no difference
     training, random = evidence.graph.training(), evidence.graph.random()
     seen = monitors.called_random(reference.seen)
-    if not evidence.traced and not seen:
+    if not evidence.traced and not (reference.seen.random or reference.seen.dropout):
         random = []  # a script holds both sides of `if self.training`, and eager took the one without chance
     if training and "training-mode" not in accepted:
         return _named("training-mode", mismatch, training[0].site)
