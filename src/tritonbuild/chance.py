@@ -11,6 +11,7 @@ Source: distributions of torch's, numpy's and Python's generators.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import time
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from tritonbuild.monitors import DROPOUT
+from tritonbuild.monitors import DROPOUT, UNFILLED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -34,11 +35,6 @@ _ENDS = {
     "randn_like": (-5.0, 5.0),
     "bernoulli": (0.0, 1.0),
     "bernoulli_": (0.0, 1.0),
-    "empty": (0.0, 119.0),
-    "empty_like": (0.0, 119.0),
-    "new_empty": (0.0, 119.0),
-    "empty_strided": (0.0, 119.0),
-    "resize_": (0.0, 119.0),
 }
 _SEEDS = 24
 _CLOCKS = ("time", "monotonic", "perf_counter", "process_time")
@@ -67,6 +63,8 @@ class _Steered(TorchFunctionMode):
                 result.fill_(numbers[-1] - 1 if self.end else (numbers[0] if len(numbers) > 1 else 0))
         elif ends:
             result.fill_(ends[self.end])
+        elif name in UNFILLED:
+            result.fill_(0 if not self.end else math.nan if result.is_floating_point() else 1)
         elif name in DROPOUT and _drops(args, kwargs or {}):
             result = torch.zeros_like(result) if self.end else args[0].clone()
         return result

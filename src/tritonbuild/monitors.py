@@ -53,7 +53,7 @@ DROPOUT = frozenset(
     {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
     | {"alpha_dropout_", "feature_dropout", "feature_dropout_", "feature_alpha_dropout_"}
 )
-_UNFILLED = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "resize_"})
+UNFILLED = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "resize_"})
 _DEEP = frozenset(
     {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "matmul"}
     | {"bmm", "mm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "bilinear", "__matmul__", "lstm"}
@@ -193,7 +193,7 @@ class _Watch(TorchFunctionMode):
             seen.random.append((name, here()))
         elif name in DROPOUT:
             seen.dropout.append((name, here()))
-        elif name in _UNFILLED:
+        elif name in UNFILLED:
             seen.unfilled.append((name, here()))
         if name in _COMPARISONS:
             self._compared(args)
