@@ -156,7 +156,7 @@ class UpToDate:
             return [Reason("never finished here, or forgotten")]
         memory = state.current()
         if self.same_while is None or self.same_while != values["same_while"]:
-            if action_key(self.parts()) != values["base"]:
+            if action_key(self.parts()) != values.get("base", values["key"]):
                 now = self.complete(values["files"], values["distributions"])
                 return differences(memory.parts(task), now) or [Reason("the order of what is declared differs")]
             if self.same_while is not None:
@@ -194,13 +194,14 @@ class UpToDate:
         for path in edited(self.root, found.pop("stamps", {})):
             # Nobody knows which text the task has read, so it runs again.
             parts["files"][path] = _EDITED
+        key, base = action_key(parts), action_key(self.parts())
         return {
-            "key": action_key(parts),
-            "base": action_key(self.parts()),
+            "key": key,
+            **({"base": base} if base != key else {}),
             "same_while": self.same_while,
             "parts": parts,
-            "files": parts.get("files", {}),
-            "distributions": parts.get("distributions", {}),
+            "files": {path: parts["files"][path] for path in files},
+            "distributions": {name: parts["distributions"][name] for name in distributions},
             "targets": file_digests(self.root, self.targets),
         }
 
