@@ -288,8 +288,11 @@ def test_first_party_modules_are_recorded_wherever_they_lie(project: Callable[..
                 "      x: {dtype: float32, shape: [4]}\n    trace: {cases: 2, budget_s: 1}\n"
             ),
             "src/nets.py": (
-                "import json, pathlib\nimport torch\nfrom models.layer import Layer\n"
+                "import json, os, pathlib\nimport safetensors.torch\nimport torch\nfrom models.layer import Layer\n"
                 "HERE = pathlib.Path(__file__).parent\nSIZE = json.loads((HERE / 'data' / 'size.json').read_text())\n"
+                "safetensors.torch.load_file(HERE / 'data' / 'scale.safetensors')\n"
+                "FACTOR = float((HERE / 'data' / 'factor').read_text())\n"
+                "try:\n    SIZE += len((HERE / 'data' / 'more').read_text())\nexcept FileNotFoundError:\n    pass\n"
                 "class Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
                 "        self.layer = Layer(SIZE)\n    def forward(self, x):\n        return self.layer(x)\n"
             ),
@@ -299,14 +302,23 @@ def test_first_party_modules_are_recorded_wherever_they_lie(project: Callable[..
             "src/data/size.json": "3",
         }
     )
+    empty = (2).to_bytes(8, "little") + b"{}"
+    (made.root / "src/data/scale.safetensors").write_bytes(empty)
+    made.write({"../elsewhere/factor": "2"})
+    (made.root / "src/data/factor").symlink_to(made.root.parent / "elsewhere" / "factor")
     ran = made.doit("trace")
     assert ran.code == 0, ran.out
-    for path, before, after in [
-        ("src/models/layer.py", "super().__init__(4, size)", "super().__init__(4, size + 1)"),
-        ("src/data/size.json", "3", "5"),
+    for path, content in [
+        (
+            "src/models/layer.py",
+            "import torch\nclass Layer(torch.nn.Linear):\n    pass\nLayer = lambda n: torch.nn.Linear(4, n)\n",
+        ),
+        ("src/data/size.json", "5"),
+        ("src/data/scale.safetensors", (8).to_bytes(8, "little").decode() + "{}      "),
+        ("src/data/more", "found"),
+        ("../elsewhere/factor", "3"),
     ]:
-        text = (made.root / path).read_text()
-        made.write({path: text.replace(before, after)})
+        made.write({path: content})
         assert made.doit("trace").tasks == ["trace:m/1"], path
         assert made.doit("trace").up_to_date == ["trace:m/1"], path
 

@@ -11,6 +11,7 @@ Source: https://docs.python.org/3/library/multiprocessing.html (forkserver).
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -165,7 +166,7 @@ def _child(declaration: str, root: str, out: str, log: str, sender: Connection) 
     _redirect(log)
     version = ModelVersion.model_validate_json(declaration)
     reply: dict[str, Any]
-    with _recording(version, Path(root)) as opened:
+    with _recording(version, Path(root), out) as opened:
         try:
             from tritonbuild import trace
 
@@ -217,7 +218,7 @@ def _redirect(log: str) -> None:
 
 
 @contextlib.contextmanager
-def _recording(version: ModelVersion, root: Path) -> Iterator[dict[str, keys.Stamp | None]]:
+def _recording(version: ModelVersion, root: Path, out: str) -> Iterator[dict[str, keys.Stamp | None]]:
     """Collect the files that are opened for reading, as they are then; an audit hook can only be silenced."""
     # Opened by code that is not Python, which no audit hook sees.
     declared = [declared.values for declared in version.inputs.values()] + [version.weights and version.weights.path]
@@ -230,31 +231,54 @@ def _recording(version: ModelVersion, root: Path) -> Iterator[dict[str, keys.Sta
             if name.endswith(".pyc"):
                 with contextlib.suppress(ValueError):
                     name = source_from_cache(name)
-            if name not in opened:
+            if name not in opened and not name.startswith(out):
                 opened[name] = keys.stamp(name)
 
     sys.addaudithook(hook)
+    _announce_readers()
     try:
         yield opened
     finally:
         active = False
 
 
-_GENERATED = {".build", "models"}
+def _announce_readers() -> None:
+    """Make readers that are not Python tell the audit hook which file they open: Rust's safetensors, libtorch."""
+    import safetensors.torch
+    import torch
+
+    def announced(read: Any) -> Any:
+        def reader(file: Any, *arguments: Any, **options: Any) -> Any:
+            if isinstance(file, str | os.PathLike):
+                sys.audit("open", os.fspath(file), "r", os.O_RDONLY)
+            return read(file, *arguments, **options)
+
+        return functools.wraps(read)(reader)
+
+    safe_open = announced(safetensors.safe_open)
+    safetensors.safe_open = safetensors.torch.safe_open = safe_open  # type: ignore[misc]
+    torch.jit.load = announced(torch.jit.load)
+
+
+_GENERATED = {(), (".build",), ("models",)}
 _NOT_SOURCES = {".git", ".venv", "venv", "site-packages", "__pycache__", "node_modules"}
 
 
 def _found(version: ModelVersion, root: Path, opened: dict[str, keys.Stamp | None]) -> dict[str, Any]:
-    real, own = root.resolve(), Path(__file__).resolve().parent
+    own = Path(__file__).resolve().parent
     first_party = {}
     for name, module in list(sys.modules.items()):
-        inside = _inside(getattr(module, "__file__", None), real, own)
+        file = getattr(module, "__file__", None)
+        inside = _inside(file, root, own) if file and os.path.isfile(file) else None
         if inside:
             first_party[name] = inside
     stamps = {}
     for name, stamp in opened.items():
-        inside = _inside(name, real, own)
-        if inside:
+        inside = _inside(name, root, own)
+        # A file that was looked for and was not there counts: it may be there the next time. Not so a temporary file,
+        # nor what traceback's machinery looks for.
+        looked_for = stamp is None and not name.endswith(".py")
+        if inside and (looked_for or os.path.exists(name)):
             stamps[inside] = stamp
     files = tuple(sorted({*first_party.values(), *stamps}))
     modules = [version.entry_point.split(":")[0], *first_party]
@@ -265,19 +289,14 @@ def _inside(name: str | None, root: Path, own: Path) -> str | None:
     """Return the path relative to root if it is a file of the project that is not generated, else None."""
     if not name or name.endswith(".pyc"):
         return None  # the source of a .pyc is among the modules
-    try:
-        path = Path(name).resolve()
-        inside = path.relative_to(root)
-        if (
-            inside.parts[0] in _GENERATED
-            or _NOT_SOURCES & set(inside.parts)
-            or path.is_relative_to(own)
-            or not path.is_file()
-        ):
-            return None
-    except (OSError, ValueError):
-        return None
-    return inside.as_posix()
+    # As it is named, so that a link to somewhere else counts; else as it is, when the project itself lies behind one.
+    for path in (Path(os.path.normpath(name)), Path(os.path.realpath(name))):
+        for folder in (root, root.resolve()):
+            if path.is_relative_to(folder):
+                inside = path.relative_to(folder)
+                generated = inside.parts[:1] in _GENERATED or _NOT_SOURCES & set(inside.parts)
+                return None if generated or path.is_dir() or path.is_relative_to(own) else inside.as_posix()
+    return None
 
 
 def _distributions(modules: list[str]) -> tuple[str, ...]:
