@@ -184,12 +184,14 @@ def trace_files(pipeline: Pipeline, version: ModelVersion) -> list[str]:
     """Return the files that a version is declared to read: its weights, its example data, its entry point."""
     files = [version.weights.path] if version.weights else []
     files += [declared.values for declared in version.inputs.values() if declared.values]
-    module = version.entry_point.split(":")[0].replace(".", "/")
-    for path in (f"{module}.py", f"src/{module}.py"):
-        if os.path.exists(pipeline.root / path):
-            files.append(path)
-            break
-    return files
+    source = _source(pipeline.root, version.entry_point.split(":")[0])
+    return [*files, source] if source else files
+
+
+@functools.cache
+def _source(root: Path, module: str) -> str | None:
+    name = module.replace(".", "/")
+    return next((path for path in (f"{name}.py", f"src/{name}.py") if os.path.exists(root / path)), None)
 
 
 def trace_parts(version: ModelVersion) -> keys.Parts:

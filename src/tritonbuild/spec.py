@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tritonbuild import yamlfile
+from tritonbuild import rules, yamlfile
 from tritonbuild.errors import SpecError
 from tritonbuild.rules import model_problems, pipeline_problems
 
@@ -84,6 +84,10 @@ class Weights(_Frozen):
 
 class Trace(_Frozen):
     """How the TorchScript is made and proved."""
+
+    def __hash__(self) -> int:
+        # pydantic copies a default that has no hash, in depth, for each of a thousand models.
+        return hash(self.model_dump_json())
 
     method: Literal["auto", "trace", "script"] = "auto"
     """auto takes the first that passes the proof: trace, trace with the guilty submodules scripted, script."""
@@ -257,13 +261,15 @@ def load(path: Path, memory: Path | None = None) -> Pipeline:
 
     Args:
         path: pipeline.yaml.
-        memory: See `yamlfile.read`.
+        memory: A file that keeps what was found valid (see `yamlfile.Memory`).
 
     Raises:
         SpecError: With every problem of the file, in line order.
     """
     path = path.absolute()
-    data = yamlfile.read(path, memory)
+    known = yamlfile.Memory(memory, path, (__file__, rules.__file__)) if memory else None
+    recalled = known.recall() if known else None
+    data = yamlfile.read(path) if recalled is None else recalled
     if not isinstance(data, dict):
         raise SpecError(
             [f"{path.name}:1: found {yamlfile.shown(data)}, expected a mapping with the keys triton and models"]
@@ -274,9 +280,13 @@ def load(path: Path, memory: Path | None = None) -> Pipeline:
         problems = _problems(error) + list(_rules_of_the_rest(data, error))
         raise SpecError(yamlfile.render(path, problems)) from None
     pipeline._path = path  # pydantic allows private attributes on frozen models
+    if recalled is not None:
+        return pipeline
     problems = [*pipeline_problems(pipeline), *_all_rules(pipeline.models)]
     if problems:
         raise SpecError(yamlfile.render(path, problems))
+    if known:
+        known.keep(data)
     return pipeline
 
 

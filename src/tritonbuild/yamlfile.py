@@ -61,13 +61,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read(path: Path, memory: Path | None = None) -> Any:
+def read(path: Path) -> Any:
     """Return the content of the YAML file.
-
-    Args:
-        path: The file.
-        memory: A file that keeps the content, with digests of the text and of itself: PyYAML takes a fifth of a second
-            for a thousand models. Its folder must be there.
 
     Raises:
         SpecError: The file is missing, not UTF-8, not YAML, or a mapping holds a key twice.
@@ -82,14 +77,7 @@ def read(path: Path, memory: Path | None = None) -> Any:
         raise SpecError([f"{path.name}: may not be read by this user"]) from None
     except UnicodeDecodeError as error:
         raise SpecError([f"{path.name}: not UTF-8 text: byte {error.start} is {error.reason}"]) from None
-    if memory is None:
-        return _parse(path, text)
-    key = sha256(Path(__file__).read_bytes() + text.encode()).digest()
-    known = _recall(memory, key)
-    if known is None:
-        known = _parse(path, text)
-        _remember(memory, key, known)
-    return known
+    return _parse(path, text)
 
 
 def _parse(path: Path, text: str) -> Any:
@@ -110,21 +98,46 @@ def _parse(path: Path, text: str) -> Any:
     return data
 
 
-def _recall(memory: Path, key: bytes) -> Any:
-    with contextlib.suppress(OSError):
-        kept = memory.read_bytes()
-        if kept[:32] == key and kept[32:64] == sha256(kept[64:]).digest():
-            return marshal.loads(kept[64:])  # noqa: S302  written by us: the digest says so
-    return None
+class Memory:
+    """A file that keeps the content of a YAML file that was found valid, while its text and the rules are the same.
 
+    PyYAML takes a fifth of a second for a thousand models, the rules a twentieth.
 
-def _remember(memory: Path, key: bytes, content: Any) -> None:
-    # A date is not kept: it is not allowed in a declaration either.
-    with contextlib.suppress(OSError, ValueError):
-        kept = marshal.dumps(content)
-        new = memory.with_name(f"{memory.name}.{os.getpid()}")
-        new.write_bytes(key + sha256(kept).digest() + kept)
-        new.replace(memory)
+    Args:
+        memory: The file that keeps it; its folder must be there.
+        path: The YAML file.
+        rules: The files whose text decides what is valid, beside this one.
+    """
+
+    def __init__(self, memory: Path, path: Path, rules: Iterable[str | None]) -> None:
+        self.memory = memory
+        self._files = [str(path), __file__, *filter(None, rules)]
+        self._key = self._digest()
+
+    def _digest(self) -> bytes:
+        hasher = sha256()
+        with contextlib.suppress(OSError):  # a file that cannot be read is not remembered either
+            for file in self._files:
+                hasher.update(sha256(Path(file).read_bytes()).digest())
+        return hasher.digest()
+
+    def recall(self) -> Any:
+        """Return the content, or None."""
+        with contextlib.suppress(OSError):
+            kept = self.memory.read_bytes()
+            if kept[:32] == self._key and kept[32:64] == sha256(kept[64:]).digest():
+                return marshal.loads(kept[64:])  # noqa: S302  written by us: the digest says so
+        return None
+
+    def keep(self, content: Any) -> None:
+        """Keep the content, unless the text has changed meanwhile."""
+        if self._digest() != self._key:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            kept = marshal.dumps(content)
+            new = self.memory.with_name(f"{self.memory.name}.{os.getpid()}")
+            new.write_bytes(self._key + sha256(kept).digest() + kept)
+            new.replace(self.memory)
 
 
 def place(path: Path, location: Location) -> str:
