@@ -14,6 +14,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -260,7 +261,9 @@ def _announce_readers() -> None:
     torch.jit.load = announced(torch.jit.load)
 
 
-_GENERATED = {(), (".build",), ("models",)}
+_GENERATED = {".build", "models"}
+# Thousands of modules lie there, and to resolve each of their paths takes longer than to trace a small model.
+_INSTALLED = re.compile(rf"/(site|dist)-packages/|^{re.escape(os.path.dirname(os.__file__))}/")
 _NOT_SOURCES = {".git", ".venv", "venv", "site-packages", "__pycache__", "node_modules"}
 
 
@@ -290,13 +293,24 @@ def _inside(name: str | None, root: Path, own: Path) -> str | None:
     if not name or name.endswith(".pyc"):
         return None  # the source of a .pyc is among the modules
     # As it is named, so that a link to somewhere else counts; else as it is, when the project itself lies behind one.
-    for path in (Path(os.path.normpath(name)), Path(os.path.realpath(name))):
-        for folder in (root, root.resolve()):
-            if path.is_relative_to(folder):
-                inside = path.relative_to(folder)
-                generated = inside.parts[:1] in _GENERATED or _NOT_SOURCES & set(inside.parts)
-                return None if generated or path.is_dir() or path.is_relative_to(own) else inside.as_posix()
-    return None
+    path = os.path.normpath(os.path.join(root, name))
+    inside = _below(path, root)
+    if inside is None and not _INSTALLED.search(path):
+        inside = _below(os.path.realpath(path), root)
+    if inside is None:
+        return None
+    parts = inside.split("/")
+    generated = parts[0] in _GENERATED or not _NOT_SOURCES.isdisjoint(parts)
+    return None if generated or os.path.isdir(path) or Path(path).resolve().is_relative_to(own) else inside
+
+
+def _below(path: str, root: Path) -> str | None:
+    return next((path[len(folder) :] for folder in _spellings(root) if path.startswith(folder)), None)
+
+
+@functools.cache
+def _spellings(root: Path) -> tuple[str, str]:
+    return f"{root}/", f"{root.resolve()}/"
 
 
 def _distributions(modules: list[str]) -> tuple[str, ...]:
