@@ -188,6 +188,7 @@ class FileDigests:
         self._known: dict[str, str] = {}
         self._seen: dict[str, str] = {}
         self._once: dict[str, str | None] | None = {}
+        self._verified: dict[str, str] = {}
         self._new: dict[str, str] = {}
 
     def reload(self) -> None:
@@ -216,16 +217,20 @@ class FileDigests:
             stat = os.stat(name)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        fresh = f"{stat.st_size}.{stat.st_mtime_ns}.{stat.st_ino}."
+        fresh = _stamp(stat)
         known = self._seen.get(name) or self._known.get(name)
         if known is not None and known.startswith(fresh):
             return known[len(fresh) :]
         now_ns = time.time_ns()
-        digest = sha256_of(name)
+        digest = self._verified.get(fresh) or sha256_of(name)
         self._seen[name] = fresh + digest
         if now_ns - stat.st_mtime_ns > _SETTLED_NS:
             self._new[name] = fresh + digest
         return digest
+
+    def verified(self, path: Path, digest: str) -> None:
+        """Take the digest of a file for known in this run, also under the names that are links to it."""
+        self._verified[_stamp(path.stat())] = digest
 
     def flush(self) -> None:
         """Write what is new; the caller holds the transaction."""
@@ -235,6 +240,10 @@ class FileDigests:
         )
         self._known.update(self._new)
         self._new.clear()
+
+
+def _stamp(stat: os.stat_result) -> str:
+    return f"{stat.st_size}.{stat.st_mtime_ns}.{stat.st_ino}."
 
 
 def sha256_of(path: str | Path) -> str:

@@ -134,6 +134,7 @@ class Store:
         if _size(blob) is None:
             return False
         if _size(blob) == size and state.sha256_of(blob) == digest:
+            state.current().files.verified(blob, digest)
             return True
         blob.unlink(missing_ok=True)
         sys.stdout.write(f"   store: a file of a result was changed by hand or damaged; {blob.name[:12]} is removed\n")
@@ -154,6 +155,7 @@ class Store:
                     return False
             for digest in wanted:
                 self._adopt(scratch / digest, digest)
+                state.current().files.verified(self.folder / _blob_path(digest), digest)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         return True
