@@ -61,6 +61,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         """Take the project's lock; called once, before the first task is looked at."""
         super().initialize(tasks, selected_tasks)
         Reporter.everything = len(selected_tasks) == len(tasks)
+        state.current().files.nothing_runs_yet()
         os.register_at_fork(after_in_child=_die_with_parent)  # the processes of `doit -n`
         BUILD.mkdir(exist_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -187,7 +187,7 @@ class FileDigests:
         # Path -> "size.mtime_ns.inode.digest": one text takes a third of the memory of a tuple of four.
         self._known: dict[str, str] = {}
         self._seen: dict[str, str] = {}
-        self._once: dict[str, str | None] | None = {}
+        self._once: dict[str, str | None] | None = None
         self._verified: dict[str, str] = {}
         self._new: dict[str, str] = {}
 
@@ -197,8 +197,12 @@ class FileDigests:
         entry = "size || '.' || mtime_ns || '.' || inode || '.' || digest"
         self._known = dict(self._connection.execute(f"select path, {entry} from files"))  # noqa: S608  no input in it
 
+    def nothing_runs_yet(self) -> None:
+        """Look at a file once, until a task runs."""
+        self._once = {}
+
     def something_runs(self) -> None:
-        """Look at every file again from now on: until a task runs, once a run is enough."""
+        """Look at every file again from now on."""
         self._once = None
 
     def digest(self, path: str | Path) -> str | None:
