@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from tritonbuild import compose, docker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+# A runner that starts the tests in the background has SIGINT ignored, and every program they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 CASES = Path(__file__).parent / "cases"
