@@ -1,4 +1,4 @@
-"""What is different on a GPU: where models are traced and proved, and that the result serves on the same kind of device."""
+"""What is different on a GPU: where models are traced and proved, and that another device is another trace."""
 
 from __future__ import annotations
 
