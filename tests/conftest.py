@@ -25,6 +25,18 @@ CASES = Path(__file__).parent / "cases"
 DODO = "from tritonbuild.graph import *\n"
 
 
+ALONE = ("test_proof.py", "test_trace.py")
+"""Files that need a process of their own, as each model has in a build: PyTorch keeps every class that was ever
+compiled in one table, and watches differently what has run before. tests/test_alone.py runs them."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the files of ALONE to tests/test_alone.py, unless one is asked for by name."""
+    if collection_path.name in ALONE and not any(collection_path.name in argument for argument in config.args):
+        return True
+    return None
+
+
 @dataclass(frozen=True)
 class Ran:
     """One finished run of doit."""
