@@ -57,28 +57,32 @@ def models(tmp_path: Path) -> Path:
     return folder
 
 
-def processes(folder: Path) -> list[psutil.Process]:
-    """Return what runs with a path of the folder on its command line; one that was killed already does not run."""
+def processes(folder: Path) -> list[tuple[psutil.Process, list[str]]]:
+    """Return what runs with a path of the folder on its command line, and that line; what was killed does not run.
+
+    The line is read once: that of a process which ends meanwhile is empty.
+    """
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if str(folder) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return [process for process in found if process.pid != os.getpid()]
+            line = process.cmdline()
+            if str(folder) in " ".join(line) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append((process, line))
+    return [(process, line) for process, line in found if process.pid != os.getpid()]
 
 
 def named(folder: Path, name: str) -> list[psutil.Process]:
-    return [process for process in processes(folder) if name in process.cmdline()[0]]
+    return [process for process, line in processes(folder) if name in line[0]]
 
 
 def shared_memory(folder: Path) -> list[Path]:
     """Return the regions of the servers that run from a folder."""
-    prefixes = {re.findall(r"tritonbuild-[0-9a-f]{16}-", " ".join(process.cmdline()))[0] for process in guards(folder)}
+    prefixes = {re.findall(r"tritonbuild-[0-9a-f]{16}-", " ".join(line))[0] for line in guards(folder)}
     return [path for prefix in prefixes for path in Path("/dev/shm").glob(f"{prefix}*")]
 
 
-def guards(folder: Path) -> list[psutil.Process]:
-    return [process for process in processes(folder) if "tritonbuild-guard" in process.cmdline()]
+def guards(folder: Path) -> list[list[str]]:
+    return [line for _, line in processes(folder) if "tritonbuild-guard" in line]
 
 
 def eventually(true: Callable[[], bool], within_s: float = 10) -> bool:
