@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tritonbuild import actions, keys, outlines, serving, spec
+from tritonbuild import actions, keys, outlines, parts, serving, spec
 from tritonbuild.state import State
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def version(tmp_path: Path, text: str) -> ModelVersion:
 
 
 def key(tmp_path: Path, text: str = YAML) -> str:
-    return keys.action_key(actions.trace_parts(version(tmp_path, text)))
+    return keys.action_key(parts.trace(version(tmp_path, text)))
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ def test_the_order_inside_kwargs_counts_because_a_model_may_walk_it(tmp_path: Pa
 
 def test_the_key_is_the_same_in_every_folder_and_process(tmp_path: Path) -> None:
     program = (
-        "import sys, pathlib; from tritonbuild import actions, keys, spec\n"
+        "import sys, pathlib; from tritonbuild import keys, parts, spec\n"
         "version = next(spec.load(pathlib.Path(sys.argv[1])).all_versions())\n"
-        "print(keys.action_key(actions.trace_parts(version)))\n"
+        "print(keys.action_key(parts.trace(version)))\n"
     )
     found = set()
     for folder in ("here", "there"):
@@ -149,8 +149,8 @@ _IN_NO_RECIPE = {"errors.py", "hazards.py", "rules.py", "spec.py", "yamlfile.py"
 @pytest.mark.parametrize(
     ("module", "recipe"),
     [
-        ("trace", actions._TRACE_RECIPE),
-        ("config", actions._CONFIG_RECIPE),
+        ("trace", parts.TRACE_RECIPE),
+        ("config", parts.CONFIG_RECIPE),
         ("smoke", serving._SMOKE_RECIPE),
     ],
 )

@@ -16,53 +16,19 @@ import os
 import sys
 import tempfile
 import time
-from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from doit.exceptions import TaskFailed
 
-from tritonbuild import keys, state
+from tritonbuild import keys, parts, state
 from tritonbuild.errors import BuildError, ProofError, SpecError, TraceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from tritonbuild.spec import ModelVersion, Pipeline
     from tritonbuild.store import Store
-
-# All that the stage imports of ours, but for what only words depend on; a test holds these lists complete.
-_TRACE_RECIPE = (
-    "archive.py",
-    "batching.py",
-    "calling.py",
-    "calls.py",
-    "candidates.py",
-    "cases.py",
-    "chance.py",
-    "climb.py",
-    "compare.py",
-    "diagnose.py",
-    "draws.py",
-    "dtypes.py",
-    "entry.py",
-    "graphs.py",
-    "hazards.py",
-    "history.py",
-    "memory.py",
-    "monitors.py",
-    "proof.py",
-    "reference.py",
-    "releases.py",
-    "scripting.py",
-    "trace.py",
-    "trial.py",
-    "weights.py",
-    "wrap.py",
-    "releases.json",
-)
-_CONFIG_RECIPE = ("config.py", "config_rules.py", "config_tensors.py", "message.py", "dtypes.py")
-
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -90,18 +56,6 @@ def task(action: Callable[..., Any]) -> Callable[..., Any]:
 # ---------------------------------------------------------------------------------------------------- check
 
 
-def declaration_digest(pipeline: Pipeline) -> str:
-    """Return a digest of what is declared; comments do not count."""
-    return sha256(pipeline.model_dump_json().encode()).hexdigest()
-
-
-def same_while(pipeline: Pipeline) -> str:
-    """Return a digest of all that the parts of traces and configs are made from."""
-    recipe = keys.recipe(*_TRACE_RECIPE, *_CONFIG_RECIPE)
-    parts = {"declared": declaration_digest(pipeline), "recipe": recipe, "device": keys.device_kind()}
-    return keys.digest(parts)[:16]
-
-
 def check_config(pipeline: Pipeline) -> None:
     """Check every model's `config:` against Triton's ModelConfig, unless this declaration has passed before.
 
@@ -112,7 +66,7 @@ def check_config(pipeline: Pipeline) -> None:
         return
     # The text, not what it declares: this is asked in every run, and to look again at what has not changed is cheap.
     text = state.current().files.digest(pipeline.path)
-    digest = keys.digest({"text": text, "recipe": keys.recipe(*_CONFIG_RECIPE)})
+    digest = keys.digest({"text": text, "recipe": keys.recipe(*parts.CONFIG_RECIPE)})
     if state.current().get("_declaration", "key") == digest:
         return
     from tritonbuild import config
@@ -192,17 +146,6 @@ def trace_files(pipeline: Pipeline, version: ModelVersion) -> list[str]:
 def _source(root: Path, module: str) -> str | None:
     name = module.replace(".", "/")
     return next((path for path in (f"{name}.py", f"src/{name}.py") if os.path.exists(root / path)), None)
-
-
-def trace_parts(version: ModelVersion) -> keys.Parts:
-    """Return the parts of a trace's action key that are known before it runs.
-
-    The name is not among them: a renamed model is not traced again.
-    """
-    device = version.device if version.device != "auto" else keys.device_kind()
-    declaration = version.model_dump(mode="json", exclude={"model", "version"})
-    declaration["device"] = device
-    return {"declaration": declaration, "recipe": keys.recipe(*_TRACE_RECIPE)}
 
 
 @task
@@ -322,17 +265,6 @@ def _config_copies(pipeline: Pipeline, name: str) -> dict[str, Path]:
     return config.files(pipeline, name)
 
 
-def config_parts(pipeline: Pipeline, name: str) -> keys.Parts:
-    """Return the parts of a config's action key beside the signatures."""
-    model = pipeline.models[name]
-    declaration = model.model_dump(mode="json", include={"max_batch_size", "axes", "inputs", "outputs", "config"})
-    return {
-        # With device: cpu the instances are pinned to the CPU.
-        "declaration": {**declaration, "versions": sorted(model.versions), "device": pipeline.device},
-        "recipe": keys.recipe(*_CONFIG_RECIPE),
-    }
-
-
 @task
 def config(pipeline: Pipeline, name: str) -> None:
     """Write config.pbtxt and the files that it names."""
@@ -348,23 +280,6 @@ def config(pipeline: Pipeline, name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ repository
-
-
-def repository_parts(pipeline: Pipeline) -> keys.Parts:
-    """Return what is declared and which folders are there."""
-    declared = {name: sorted(model.versions) for name, model in pipeline.models.items()}
-    return {"declared": declared, "folders": sorted(_folders(pipeline.root / "models"))}
-
-
-def _folders(models: Path) -> Iterator[str]:
-    try:
-        with os.scandir(models) as entries:
-            for entry in entries:
-                yield entry.name
-                if entry.is_dir(follow_symlinks=False):
-                    yield from (f"{entry.name}/{name}" for name in os.listdir(entry.path))
-    except FileNotFoundError:
-        return
 
 
 @task

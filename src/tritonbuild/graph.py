@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import doit
 from doit.exceptions import InvalidDodoFile
 
-from tritonbuild import actions, keys, serving, spec
+from tritonbuild import actions, keys, parts, serving, spec
 from tritonbuild.errors import SpecError
 from tritonbuild.reporter import BUILD, Reporter
 
@@ -73,21 +73,21 @@ def task_check() -> dict[str, Any]:
     declared = pipeline()
     return {
         "actions": [(actions.check, [declared])],
-        "uptodate": [keys.UpToDate(declared.root, lambda: {"declaration": actions.declaration_digest(declared)}, [])],
+        "uptodate": [keys.UpToDate(declared.root, lambda: parts.check(declared), [])],
     }
 
 
 def task_trace() -> Iterator[dict[str, Any]]:
     """trace a model version in a child of its own and prove that it equals eager"""
     declared = pipeline()
-    same = actions.same_while(declared)
+    same = parts.same_while(declared)
     for version in declared.all_versions():
         yield _trace(declared, version, same)
 
 
 def _trace(declared: Pipeline, version: ModelVersion, same: str) -> dict[str, Any]:
     targets = list(actions.traced(version))
-    check = keys.UpToDate(declared.root, lambda: actions.trace_parts(version), targets, same)
+    check = keys.UpToDate(declared.root, lambda: parts.trace(version), targets, same)
     return {
         "name": version.label,
         "doc": f"{version.entry_point} -> {targets[0]}",
@@ -102,7 +102,7 @@ def _trace(declared: Pipeline, version: ModelVersion, same: str) -> dict[str, An
 def task_config() -> Iterator[dict[str, Any]]:
     """write a model's config.pbtxt from its declaration and its measured signature"""
     declared = pipeline()
-    same = actions.same_while(declared)
+    same = parts.same_while(declared)
     for name in declared.models:
         yield _config(declared, name, same)
 
@@ -116,7 +116,7 @@ def _config(declared: Pipeline, name: str, same: str) -> dict[str, Any]:
         "actions": [(actions.config, [declared, name])],
         "file_dep": signatures + actions.config_files(declared, name),
         "targets": targets,
-        "uptodate": [keys.UpToDate(declared.root, lambda: actions.config_parts(declared, name), targets, same)],
+        "uptodate": [keys.UpToDate(declared.root, lambda: parts.config(declared, name), targets, same)],
         "clean": [(actions.remove, [targets])],
     }
 
@@ -127,7 +127,7 @@ def task_repository() -> dict[str, Any]:
     return {
         "actions": [(actions.repository, [declared])],
         "task_dep": ["trace", "config"],
-        "uptodate": [keys.UpToDate(declared.root, lambda: actions.repository_parts(declared), [])],
+        "uptodate": [keys.UpToDate(declared.root, lambda: parts.repository(declared), [])],
     }
 
 

@@ -9,15 +9,9 @@ Source: docs/pipeline.md, the reference of the format; Triton's model configurat
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import difflib
-import inspect
-import itertools
-import json
-import sys
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -28,6 +22,7 @@ from tritonbuild.rules import model_problems, pipeline_problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from pydantic_core import ErrorDetails
 
@@ -370,32 +365,3 @@ def _problem(details: ErrorDetails) -> Problem:
     elif details["type"] == "string_pattern_mismatch":
         what = f"found {yamlfile.shown(details['input'])}, expected 64 hexadecimal digits in lower case"
     return location, what
-
-
-def schema() -> str:
-    """Return the JSON Schema of pipeline.yaml, for editors; docs/pipeline.schema.json is this text."""
-    document: dict[str, Any] = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **Pipeline.model_json_schema(),
-        "title": "pipeline.yaml of tritonbuild",
-    }
-    for owner, field, text in _field_texts():
-        properties = (document if owner == "Pipeline" else document["$defs"].get(owner, {})).get("properties", {})
-        if field in properties:
-            properties[field] = dict(sorted({**properties[field], "description": text}.items()))
-    return json.dumps(document, indent=2) + "\n"
-
-
-def _field_texts() -> Iterator[tuple[str, str, str]]:
-    """Yield class, field and the text below it. pydantic can do that too, at every import of this module."""
-    for owner in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
-        if isinstance(owner, ast.ClassDef):
-            for field, below in itertools.pairwise(owner.body):
-                if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
-                    continue
-                if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-                    yield owner.name, field.target.id, inspect.cleandoc(str(below.value.value))
-
-
-if __name__ == "__main__":
-    sys.stdout.write(schema())
