@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 import pytest
 from conftest import DODO, Project
@@ -563,6 +564,43 @@ def test_four_runs_on_one_checkout_and_two_clones_build_each_key_once(s3: tuple[
     assert sum(made[3:]) <= 1
     assert sum(made) >= 1
     assert models(one) == models(two)
+
+
+def test_a_result_in_a_bucket_costs_three_questions_and_its_files(
+    s3: tuple[str, Faults], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not more, at whatever distance the bucket is; and none that grows with what else is in the bucket."""
+    for name, value in environment(s3[0]).items():
+        monkeypatch.setenv(name, value)
+    one = Kept(tmp_path / "one", "s3://results/asked")
+    content = os.urandom(40 << 20)  # several spans of several pieces, and an odd end
+    one.make(A, content + b"end", base=B)
+    one.store.share()
+    two = Kept(tmp_path / "two", "s3://results/asked")
+    s3[1].requests.clear()
+    found, out = two.find(A, base=B), two.out()
+    assert found is not None
+    assert two.store.fetch(found, out)
+    assert (out / "model.pt").read_bytes() == content + b"end"
+    questions = [re.sub(r"\?list-type=2&prefix=([^&]*).*", r" list \1", unquote(line)) for line in s3[1].requests]
+    reads_name = next((two.root / ".build/store/index" / B).iterdir()).name
+    assert [line for line in questions if "/blobs/" not in line] == [
+        f"GET /results list asked/index/{B}/",
+        f"GET /results/asked/index/{B}/{reads_name}",
+        f"GET /results/asked/results/{A[:2]}/{A}.json",
+    ]
+    pieces = [line for line in questions if "/blobs/" in line]
+    assert {line.split()[0] for line in pieces} == {"GET"}
+    assert len(pieces) == 11 + 1  # of model.pt: 4 and 4 of the first spans, 3 of the last; proof.json
+    s3[1].requests.clear()
+    assert two.find(C, base=C) is None
+    assert not [line for line in s3[1].requests if "prefix=asked/index/&" in unquote(line)]
+
+
+def test_one_store_serves_all_tasks_of_a_run(tmp_path: Path) -> None:
+    """A bucket's client for each of a thousand tasks takes gigabytes."""
+    assert store.of(tmp_path, "s3://results") is store.of(tmp_path, "s3://results")
+    assert store.of(tmp_path, "s3://results") is not store.of(tmp_path / "other", "s3://results")
 
 
 def test_the_store_is_asked_nothing_by_a_run_with_nothing_to_do(

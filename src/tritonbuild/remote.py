@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 TIME_OUT_S = 10.0
 """How long one answer may take: a list, a description, one piece of a blob."""
 PIECE_BYTES = 4 << 20
+_SPAN_BYTES = 16 << 20
+_MOST_SPANS = 8
 _SLOWEST_BYTES_PER_S = 1e6
 _JUDGE_AFTER_S = 5.0
 
@@ -95,7 +97,8 @@ class Remote:
 
         def ask(_: _Job, store: Any, base: str) -> list[str]:
             with contextlib.suppress(FileNotFoundError):
-                found = store.ls(f"{base}/{folder}", detail=False, refresh=True)
+                # Not `ls`: where there is no such folder, s3fs lists the one above it, which holds every result.
+                found = store.find(f"{base}/{folder}", detail=False)
                 return sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
             return []
 
@@ -123,13 +126,12 @@ class Remote:
             Whether all are there. Their content is the caller's to verify.
         """
 
-        def copy(path: str, to: Path, size: int) -> _Ask:
+        def copy(path: str, to: Path, span: range) -> _Ask:
             def ask(job: _Job, store: Any, base: str) -> None:
-                with to.open("wb") as out:
-                    while job.bytes < size:
-                        piece = store.cat_file(
-                            f"{base}/{path}", start=job.bytes, end=min(size, job.bytes + PIECE_BYTES)
-                        )
+                with to.open("r+b") as out:
+                    out.seek(span.start)
+                    while (start := span.start + job.bytes) < span.stop:
+                        piece = store.cat_file(f"{base}/{path}", start=start, end=min(span.stop, start + PIECE_BYTES))
                         if not piece:
                             return  # shorter than described: the digest will tell
                         out.write(piece)
@@ -137,8 +139,10 @@ class Remote:
 
             return ask
 
-        total = sum(size for _, size in files.values())
-        return self._all([copy(path, *to) for path, to in files.items()], total, limit_s) is not None
+        for to, _ in files.values():
+            to.touch()
+        asks = [copy(path, to, span) for path, (to, size) in files.items() for span in _spans(size)]
+        return self._all(asks, sum(size for _, size in files.values()), limit_s) is not None
 
     def put(self, files: Mapping[str, Path]) -> bool:
         """Copy local files into the store, except those that it holds with that size; return whether all are there."""
@@ -180,6 +184,7 @@ class Remote:
                 options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
                 if protocol in {"s3", "s3a"}:
                     options["config_kwargs"] = {**_S3, **conf.get("s3", {}).get("config_kwargs", {})}
+                    options["max_concurrency"] = 1  # with more, s3fs asks for the size before it reads anything
                 if protocol == "file":
                     options["auto_mkdir"] = True
                 files, base = url_to_fs(self.url, **options)
@@ -244,6 +249,12 @@ class Remote:
         sys.stdout.flush()
         sys.stderr.write(f"   warning: {StoreError(self.where, what, advice)}\n")
         sys.stderr.flush()
+
+
+def _spans(size: int) -> list[range]:
+    """Return the parts of a blob that are copied side by side: one connection rarely fills the line."""
+    length = max(_SPAN_BYTES, -(-size // _MOST_SPANS))
+    return [range(start, min(size, start + length)) for start in range(0, size, length)]
 
 
 def _answers(jobs: list[_Job], total: int, limit_s: float | None) -> list[Any]:

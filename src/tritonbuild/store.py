@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 from tritonbuild import state
@@ -318,7 +318,12 @@ def of(root: Path, url: str | None) -> Store:
     if mode not in {"read-write", "read-only", "off"}:
         raise StoreError("TRITONBUILD_STORE", f'found "{mode}", expected read-write, read-only or off')
     limit = os.environ.get("TRITONBUILD_STORE_LIMIT")
-    return Store(root, url, mode, size_of(limit, "TRITONBUILD_STORE_LIMIT") if limit else LIMIT_BYTES)
+    return _store(root, url, mode, size_of(limit, "TRITONBUILD_STORE_LIMIT") if limit else LIMIT_BYTES)
+
+
+# One for all tasks of a run: a bucket's client takes a tenth of a second and ten megabytes to make, and the size of a
+# store of thousands of results is not summed up for every one of them.
+_store = cache(Store)
 
 
 def size_of(text: str, where: str) -> int:
