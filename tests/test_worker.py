@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 import uuid
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import psutil
@@ -139,3 +142,56 @@ def test_what_a_child_prints_goes_to_the_log_and_what_it_reads_is_found(
         "proof.json",
         "signature.json",
     ]
+
+
+def test_modules_of_the_fork_server_are_looked_at_only_where_they_may_be_the_projects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def module(name: str) -> None:
+        made = ModuleType(name)
+        made.__file__ = str(tmp_path / f"{name}.py")
+        monkeypatch.setitem(sys.modules, name, made)
+
+    monkeypatch.setattr(worker, "_preloaded", [])
+    monkeypatch.setattr(worker, "_last_preloaded", "")
+    assert set(worker._imported()) == set(sys.modules)
+    module("early")
+    module("last")
+    worker.remember_modules()
+    assert {"early", "last"} <= set(worker._imported())
+    assert not {"torch", "pytest", "json", "tritonbuild.worker"} & set(worker._imported())
+    for number in range(400):
+        module(f"late{number}")
+    late = {f"late{number}" for number in range(400)}
+    assert set(worker._imported()) >= {"early", *late}
+    assert "torch" not in worker._imported()
+    del sys.modules["last"]
+    assert set(worker._imported()) == set(sys.modules)
+
+
+_PRELOADED = """\
+import os, random, sys, numpy, torch
+
+def seen():
+    return {
+        "cuda": torch.cuda.is_initialized(),
+        "threads": len(os.listdir("/proc/self/task")),
+        "torch's threads": torch.get_num_threads(),
+        "random": (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist()),
+        "settings": (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+    }
+
+import tritonbuild.trace
+before = seen()
+import tritonbuild.preload
+after = seen()
+sys.stdout.write(repr([name for name in before if before[name] != after[name]]))
+"""
+
+
+def test_what_the_fork_server_does_for_all_children_leaves_nothing_behind() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
+    ran = subprocess.run(
+        [sys.executable, "-c", _PRELOADED], capture_output=True, text=True, check=False, env=environment
+    )
+    assert (ran.stdout, ran.stderr) == ("[]", "")

@@ -10,8 +10,10 @@ Source: docs/pipeline.md, "entry_point"; https://pytorch.org/docs/stable/notes/s
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
+import os
 import random
 import sys
 import traceback
@@ -23,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from tritonbuild import calling, weights
+from tritonbuild import calling, memory, weights
 from tritonbuild.errors import BuildError, TraceError
 from tritonbuild.wrap import Flat, Interface, flat
 from tritonbuild.yamlfile import closest
@@ -209,9 +211,9 @@ def seeded(seed: int) -> Iterator[None]:
     device, grad = torch.get_default_device(), torch.is_grad_enabled()
     cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=cuda):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        memory.seed_all(seed)
+        if not torch.cuda.is_initialized() and _has_driver():  # type: ignore[no-untyped-call]
+            torch.cuda.manual_seed_all(seed)  # once it is initialized: by the entry point, maybe
         try:
             yield
         finally:
@@ -223,13 +225,19 @@ def seeded(seed: int) -> Iterator[None]:
             torch.set_grad_enabled(grad)
 
 
+@functools.cache
+def _has_driver() -> bool:
+    """Return whether a driver for GPUs is there; to ask torch takes milliseconds where there is none."""
+    return any(os.path.exists(device) for device in ("/dev/nvidiactl", "/dev/dxg"))
+
+
 def search(root: Path) -> None:
     """Let modules be found in the project's folder and in its src/, before installed ones."""
     for folder in (str(root / "src"), str(root)):
         if folder in sys.path:
             sys.path.remove(folder)
         sys.path.insert(0, folder)
-    importlib.invalidate_caches()
+        sys.path_importer_cache.pop(folder, None)  # what was there before may have been looked up
 
 
 def last_line(error: BaseException, root: Path) -> str:

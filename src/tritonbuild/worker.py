@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import re
@@ -267,11 +268,37 @@ _INSTALLED = re.compile(rf"/(site|dist)-packages/|^{re.escape(os.path.dirname(os
 _NOT_SOURCES = {".git", ".venv", "venv", "site-packages", "__pycache__", "node_modules"}
 
 
+# The last module that the fork server has imported, and those of its modules that a project may own.
+_last_preloaded = ""
+_preloaded: list[str] = []
+
+
+def remember_modules() -> None:
+    """Remember what is imported by now: to look at it once more, a child would have to copy thousands of pages."""
+    global _last_preloaded
+    files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
+    own = f"{os.path.dirname(__file__)}/"
+    _preloaded[:] = [
+        name for name, file in files.items() if file and not (file.startswith(own) or _INSTALLED.search(file))
+    ]
+    _last_preloaded = next(reversed(sys.modules))
+
+
+def _imported() -> list[str]:
+    """Return the names of the modules that may be the project's."""
+    for count in (256, None):
+        # At once, not name by name: a thread of the model may import meanwhile.
+        names = list(itertools.islice(reversed(sys.modules), count))
+        if _last_preloaded in names:
+            return [*names[: names.index(_last_preloaded)], *_preloaded]
+    return names
+
+
 def _found(version: ModelVersion, root: Path, opened: dict[str, keys.Stamp | None]) -> dict[str, Any]:
     own = Path(__file__).resolve().parent
     first_party = {}
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
+    for name in _imported():
+        file = getattr(sys.modules.get(name), "__file__", None)
         inside = _inside(file, root, own) if file and os.path.isfile(file) else None
         if inside:
             first_party[name] = inside
