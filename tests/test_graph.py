@@ -241,3 +241,29 @@ def test_schema_is_current() -> None:
 def test_graph_loads_without_torch(tmp_path: Path) -> None:
     code = "import sys, tritonbuild.graph\nassert not {'torch', 'numpy', 'tritonclient', 'google'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_a_trace_that_passed_says_what_was_not_looked_at(tmp_path: Path) -> None:
+    """Once when it is made, and again when it comes from the store."""
+    pipeline = """\
+triton: "26.07"
+models:
+  long:
+    entry_point: torch.nn:Softmax
+    kwargs: {dim: -1}
+    max_batch_size: 2
+    axes: {t: {example: 4, min: 1, max: 1000000000000}}
+    inputs:
+      x: {dtype: float32, shape: [batch, t]}
+"""
+    project = Project(tmp_path).write({"dodo.py": "from tritonbuild.graph import *\n", "pipeline.yaml": pipeline})
+    said = (
+        "   trace long/1 passed, but: case batch=2 t=1000000000000 draw=plain seed=102 was left out: "
+        "it may not fit into memory (and 6 more, in .build/proof/long/1.json)\n"
+    )
+    ran = project.doit("trace")
+    assert said in ran.out
+    (tmp_path / ".build/proof/long/1.json").unlink()
+    again = project.doit("trace")
+    assert "trace long/1: from the store" in again.out
+    assert said in again.out

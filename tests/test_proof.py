@@ -118,6 +118,7 @@ def test_the_corpus_is_large_enough_and_names_most_hazards() -> None:
         "numeric-drift",
         "unknown-operator",
         "custom-operator",
+        "unproved",
         "crash",
     }
 

@@ -220,21 +220,33 @@ def test_time_cuts_what_is_planned_beyond_the_kept_cases_and_says_so(tmp_path: P
     assert any(re.fullmatch(r"time ended the planned cases after \d+ of \d+", note) for note in proved.verdict.notes)
 
 
-def test_a_model_too_slow_for_its_budget_is_proved_at_its_example(
+def test_a_model_too_slow_for_its_budget_is_proved_at_the_essential_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tritonbuild.reference._LONG_S", 0.0)
-    proved = Proved(Linear, version(cases=3, budget_s=1e-9), tmp_path)
+    proved = Proved(Linear, version(cases=3, budget_s=1e-9, axes={"t": T}), tmp_path)
     assert proved.verdict.passed
-    assert proved.verdict.cases >= 1
-    assert any("was left out: it would take 0 s (budget_s)" in note for note in proved.verdict.notes)
+    sizes = {tuple(case.sizes.values()) for case in proved.reference.cases}
+    assert sizes == {(2, 6), (1, 6), (4, 6), (3, 6), (2, 2), (2, 12), (1, 2), (4, 12)}
+    assert any("was left out: it would take 0 s (budget_s)" in cut for cut in proved.verdict.cuts)
+
+
+def test_a_model_too_slow_for_its_essential_sizes_is_unproved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tritonbuild.reference._LONG_S", 0.0)
+    monkeypatch.setattr("tritonbuild.reference._MUST_S", 0.0)
+    [hazard] = Proved(Linear, version(cases=3, budget_s=1e-9), tmp_path).verdict.hazards
+    assert str(hazard) == (
+        "unproved: case batch=1 draw=plain seed=100 was left out: it would take 0 s, more than 0 s and budget_s (1e-09)"
+    )
+    accepted = version(cases=3, budget_s=1e-9, accept={"unproved": "only the example is ever sent"})
+    assert Proved(Linear, accepted, tmp_path).verdict.passed
 
 
 def test_sizes_that_do_not_fit_into_memory_are_left_out_and_said(tmp_path: Path) -> None:
     endless = Axis(example=6, min=2, max=10**12)
     proved = Proved(Linear, version(axes={"t": endless}), tmp_path)
     assert proved.verdict.passed
-    assert any("may not fit into memory" in note for note in proved.verdict.notes)
+    assert any("may not fit into memory" in cut for cut in proved.verdict.cuts)
 
 
 def test_a_size_at_which_memory_ends_is_left_out_and_said(tmp_path: Path) -> None:
@@ -246,7 +258,7 @@ def test_a_size_at_which_memory_ends_is_left_out_and_said(tmp_path: Path) -> Non
 
     proved = Proved(Hungry, version(), tmp_path)
     assert proved.verdict.passed
-    assert any("was left out: OutOfMemoryError: CUDA out of memory" in note for note in proved.verdict.notes)
+    assert any("was left out: OutOfMemoryError: CUDA out of memory" in cut for cut in proved.verdict.cuts)
 
 
 def test_a_proof_costs_less_than_fifteen_calls_per_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,8 +164,17 @@ def trace(pipeline: Pipeline, version: ModelVersion, check: keys.UpToDate) -> di
         ):
             put(out / name, root / target)
         repository.publish(root, version.model, {"model.pt": out / "model.pt"}, version.version)
+        _say_cuts(version, root / to.proof)
     results.share()
     return values
+
+
+def _say_cuts(version: ModelVersion, proof: Path) -> None:
+    """Say in one line what a proof that passed has not looked at."""
+    cuts = json.loads(proof.read_text()).get("cuts")
+    if cuts:
+        others = f" (and {len(cuts) - 1} more, in {traced(version).proof})" if cuts[1:] else ""
+        sys.stdout.write(f"   trace {version.label} passed, but: {cuts[0]}{others}\n")
 
 
 def fetch(results: Store, check: keys.UpToDate, out: Path, what: str) -> dict[str, Any] | None:

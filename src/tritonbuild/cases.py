@@ -87,6 +87,20 @@ def telling_sizes(name: str, axis: Axis) -> list[int]:
     return [size for size in dict.fromkeys(wanted) if legal(axis, size) and size != axis.example]
 
 
+def essential_sizes(version: ModelVersion) -> set[tuple[tuple[str, int], ...]]:
+    """Return the sizes that no proof goes without, as in `Case.axes`.
+
+    The example, both ends of every axis, an odd batch, and all axes at their lowest and at their highest.
+    """
+    axes, example = version.all_axes, example_sizes(version)
+    ends = {name: (all_sizes(axis)[0], all_sizes(axis)[-1]) for name, axis in axes.items()}
+    found = [example, *({**example, name: end} for name in axes for end in ends[name])]
+    found += [{name: end[i] for name, end in ends.items()} for i in (0, 1)]
+    if "batch" in axes and legal(axes["batch"], 3):
+        found.append({**example, "batch": 3})
+    return {tuple(sizes.items()) for sizes in found}
+
+
 def plan(version: ModelVersion) -> list[Case]:
     """Return the cases that every proof runs, the most telling first; the example is the first.
 

@@ -79,6 +79,7 @@ class Evidence:
         warnings: What the tracer warned about.
         traced: Whether the candidate is a trace; scripted code follows Python's control flow.
         passes: Whether the candidate is eager at a case.
+        otherwise: The line from which the TorchScript was made of other code than eager runs; None if of the same.
     """
 
     reference: Reference
@@ -87,6 +88,7 @@ class Evidence:
     warnings: Sequence[TracerWarning]
     traced: bool
     passes: Callable[[Case], bool]
+    otherwise: Site | None
     _graphs: dict[Case, Graph | None] = field(default_factory=dict)
 
     def retraced(self, case: Case) -> Graph | None:
@@ -201,6 +203,8 @@ def _unexplained(evidence: Evidence, mismatch: Mismatch) -> Hazard:
         return _named("torchscript-fails", mismatch, _warned(evidence))
     if difference.kind == "not-finite":
         return _named("not-finite", mismatch, _warned(evidence))
+    if evidence.otherwise:
+        return _named("asks-if-traced", mismatch, evidence.otherwise)
     if difference.kind == "values" and mismatch.relative < _DRIFT:
         return _named("numeric-drift", mismatch, None)
     warned = next(_warnings(evidence), None)

@@ -115,6 +115,10 @@ HAZARDS: dict[str, Meaning] = {
         "outputs differ by more than rounding explains, by less than another path would",
         "raise trace: {rtol, atol} if the error is harmless to you, or keep sensitive parts in float64",
     ),
+    "asks-if-traced": Meaning(
+        "the model asks whether it is traced or scripted, and does something else then",
+        "make both paths equal, or declare only sizes at which they are (multiple_of, or a fixed size)",
+    ),
     "differs": Meaning(
         "outputs differ from eager and none of the other hazards explains it",
         f"compare both at the case below, or {_SCRIPT}",
@@ -126,6 +130,10 @@ HAZARDS: dict[str, Meaning] = {
     "custom-operator": Meaning(
         "the TorchScript calls an operator that no Triton image has",
         "replace the operator with PyTorch's own, or add its library to the image and accept it with that reason",
+    ),
+    "unproved": Meaning(
+        "the model was looked at in too few places for the proof to mean anything",
+        "raise trace: {budget_s}, declare fewer sizes (min, max, multiple_of), or accept it with the reason",
     ),
     "crash": Meaning(
         "running the model ended the process",

@@ -40,6 +40,7 @@ TRACE_RECIPE = (
     "memory.py",
     "monitors.py",
     "proof.py",
+    "questions.py",
     "reference.py",
     "releases.py",
     "scripting.py",

@@ -48,6 +48,7 @@ class Verdict:
         max_abs_error: Output name -> largest absolute error of finite elements.
         seconds: Of this proof, eager included as far as it was not known before.
         notes: What a person should know although it fails nothing.
+        cuts: What was not looked at although it was to be: a pass says nothing of that.
     """
 
     passed: bool
@@ -57,6 +58,7 @@ class Verdict:
     max_abs_error: dict[str, float]
     seconds: float
     notes: list[str]
+    cuts: list[str]
 
 
 def example(version: ModelVersion, device: str | torch.device, root: Path) -> tuple[Tensor, ...]:
@@ -102,6 +104,7 @@ def prove(
         found += trial.hazards()
     by_name = {hazard.hazard: hazard for hazard in reversed(found)}
     unique = list(reversed(by_name.values()))
+    unique.sort(key=lambda hazard: hazard.hazard == "unproved")  # first what was seen to be wrong
     failing = [hazard for hazard in unique if hazard.hazard not in accepted]
     return Verdict(
         passed=not failing,
@@ -111,6 +114,7 @@ def prove(
         max_abs_error=trial.errors,
         seconds=time.perf_counter() - started,
         notes=[*reference.notes, *trial.notes],
+        cuts=[*trial.cuts, *reference.cuts],
     )
 
 
@@ -162,6 +166,7 @@ def report(verdict: Verdict, reference: Reference) -> dict[str, Any]:
         "tolerance": {"rtol": tolerance.rtol, "scaled": tolerance.scaled, "atol": tolerance.atol} if tolerance else {},
         "seconds": round(verdict.seconds, 3),
         "notes": verdict.notes,
+        "cuts": verdict.cuts,
         "torch": torch.__version__,
         "device": reference.device,
         "settings": {"tf32": False, "cudnn_deterministic": True, "cudnn_benchmark": False} if cuda else {},

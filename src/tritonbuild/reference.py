@@ -53,6 +53,8 @@ _NO_ROWS = frozenset(
 
 _CHANCE_S = 0.3
 _LONG_S = 2.0
+_MUST_S = 60.0
+"""Seconds of one call from which a case is left out, unless `budget_s` is as large; of an essential case."""
 
 
 class Reference:
@@ -77,6 +79,8 @@ class Reference:
         self.source = draws.Source(version, root)
         self.planned = cases.plan(version)
         self.notes: list[str] = []
+        self.cuts: list[str] = []
+        self._unproved = ""
         self.found: dict[Case, tuple[Tensor, ...]] = {}
         self.forward_s = 0.0
         self._answers: dict[Case, Answer] = {}
@@ -156,6 +160,11 @@ class Reference:
         """Remember a line for proof.json that fails nothing."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def cut(self, text: str) -> None:
+        """Remember what was not looked at although it was to be."""
+        if text not in self.cuts:
+            self.cuts.append(text)
 
     # ------------------------------------------------------------------------------------------- what is known of it
 
@@ -289,6 +298,8 @@ class Reference:
             found += batching.rows(self, self.output_names)
         if self._mutated:
             found.append(self._mutated)
+        if self._unproved:
+            found.append(hazards.found("unproved", self._unproved))
         return found
 
     def _repeated(self) -> Iterator[Hazard]:
@@ -330,32 +341,45 @@ class Reference:
         kept = self.version.trace.cases
         started = time.perf_counter()
         limit_s = math.inf
-        essential = min(kept, 6 + 4 * len(self.version.all_axes))
+        telling = min(kept, 6 + 4 * len(self.version.all_axes))
+        essential = cases.essential_sizes(self.version)
+        ended = 0
         fails: Hazard | None = None
         self._ran = []
         for i, case in enumerate(self.planned):
             spent = time.perf_counter() - started
             if i == kept:
                 limit_s = min(self.version.trace.budget_s, max(_EXTRA_S, spent / 4)) + spent
-            if (i >= kept and (spent > limit_s or self.dear)) or (i >= essential and spent > _KEPT_S):
-                if i < kept or not self.dear:
-                    self.note(f"time ended the planned cases after {i} of {len(self.planned)}")
-                break
+            over = (i >= kept and (spent > limit_s or self.dear)) or (i >= telling and spent > _KEPT_S)
+            if over and not ended:
+                ended = i
+            must = case.draw == draws.PLAIN and case.axes in essential
+            if ended and not must:
+                continue
             if not self._fits(case.sizes):
-                self.note(f"case {case} was left out: it may not fit into memory")
+                self.cut(f"case {case} was left out: it may not fit into memory")
                 continue
-            if i and self._expected_s(case.sizes) > max(_LONG_S, self.version.trace.budget_s / 4):
-                self.note(f"case {case} was left out: it would take {self._expected_s(case.sizes):.0f} s (budget_s)")
+            expected_s, budget_s = self._expected_s(case.sizes), self.version.trace.budget_s
+            limits = (_MUST_S, budget_s) if must else (_LONG_S, budget_s / 4)
+            if i and expected_s > max(limits):
+                left_out = f"case {case} was left out: it would take {expected_s:.0f} s"
+                self.cut(f"{left_out} (budget_s)")
+                if must and not self._unproved:
+                    self._unproved = f"{left_out}, more than {_MUST_S:g} s and budget_s ({budget_s:g})"
                 continue
+            essential.discard(case.axes)
             found = self.answer(case)
             if not isinstance(found, Failure):
                 self._ran.append(case)
             elif found.memory:
-                self.note(f"case {case} was left out: {found.text}")
+                self.cut(f"case {case} was left out: {found.text}")
             elif self._declared(case, found):
                 fails = fails or hazards.found("eager-fails", found.text, case=str(case))
             else:
                 self.note(f"case {case} was left out: eager refuses its values: {found.text}")
+        if ended:
+            say = self.cut if ended < kept else self.note
+            say(f"time ended the planned cases after {ended} of {len(self.planned)}")
         return fails
 
     def _declared(self, case: Case, found: Failure) -> bool:

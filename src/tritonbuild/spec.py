@@ -93,7 +93,7 @@ class Trace(_Frozen):
     atol: Annotated[float, Field(ge=0)] | None = None
     """Absolute tolerance; by default it follows from the dtype."""
     cases: Annotated[int, Field(ge=1, le=1000)] = 24
-    """How many cases are kept for the smoke test. The proof runs at least these."""
+    """How many cases are kept for the smoke test. The proof runs at least these, and the ends of the axes."""
     budget_s: Annotated[float, Field(gt=0)] = 120
     """Seconds that the proof may take beyond the kept cases; when it cuts, it says so."""
     accept: dict[str, str] = {}

@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
-from tritonbuild import batching, calls, cases, climb, compare, hazards, releases
+from tritonbuild import batching, calls, cases, climb, compare, hazards, questions, releases
 from tritonbuild.calls import Failure
 from tritonbuild.diagnose import Evidence, Mismatch, explain
 from tritonbuild.draws import PLAIN
@@ -24,13 +25,14 @@ from tritonbuild.graphs import Graph
 from tritonbuild.monitors import first_party
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor, nn
 
     from tritonbuild.cases import Case
     from tritonbuild.diagnose import TracerWarning
     from tritonbuild.hazards import Hazard
+    from tritonbuild.monitors import Site
     from tritonbuild.reference import Reference
     from tritonbuild.spec import ModelVersion
 
@@ -50,6 +52,12 @@ _LOOK_CASES = 64
 _LOOK_S = 0.1
 """The same for a model of which nothing of that kind is known: some branches on sizes leave no trace of themselves."""
 
+_OTHERWISE_LEAST = 16
+_OTHERWISE_ENOUGH = 64
+"""Sizes that are looked at whatever the budget where the TorchScript was made by other code than eager runs, and how
+many are a proof: of 64 random sizes, at least one is wrong with a probability of 96 % if every twentieth is.
+"""
+
 
 @dataclass
 class Trial:
@@ -60,6 +68,7 @@ class Trial:
         compared: Cases at which it was compared with eager.
         errors: Output name -> largest absolute error.
         notes: What a person should know although it fails nothing.
+        cuts: What was not looked at although it was to be.
     """
 
     version: ModelVersion
@@ -72,6 +81,7 @@ class Trial:
     compared: set[Case] = field(default_factory=set)
     errors: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    cuts: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.module = self.load()
@@ -92,7 +102,11 @@ class Trial:
         def passes(case: Case) -> bool:
             return self.reference.outputs(case) is not None and not self._compare(case, 1)
 
-        return Evidence(self.reference, self.build, self.graph, self.warnings, self.traced, passes)
+        return Evidence(self.reference, self.build, self.graph, self.warnings, self.traced, passes, self._otherwise)
+
+    @cached_property
+    def _otherwise(self) -> Site | None:
+        return questions.runs_otherwise(self.reference, traced=self.traced)
 
     def renamed(self, hazard: Hazard) -> Hazard:
         """Return a hazard of eager with the name that the graph gives it: batch norm in training mode mixes rows."""
@@ -178,21 +192,23 @@ class Trial:
     def _search(self) -> list[Mismatch]:
         """Look further where Python's code depends on sizes or values, as far as the budget allows."""
         reference = self.reference
+        mismatches = self._everywhere(self._otherwise) if self._otherwise else []
+        if mismatches:
+            return mismatches
         numbers = {n for n in reference.seen.numbers if n == n and abs(n) < 1e30}
-        whole = {int(n) for n in numbers if n == int(n) and n > 2}
         suspicious = bool(reference.seen.escapes) or any(first_party(warning.filename) for warning in self.warnings)
-        streams = [cases.more_sizes(self.version, whole)]
+        streams = [cases.more_sizes(self.version, _whole(numbers))]
         if reference.seen.escapes:
             streams += [cases.more_values(self.version, numbers, reference.source.bounds), climb.found(reference)]
         most, limit_s = (_SEARCH_CASES, _SEARCH_S) if suspicious else (_LOOK_CASES, _LOOK_S)
         limit_s = min(self.version.trace.budget_s, limit_s)
-        done = set(reference.cases)
+        done = set(reference.cases) | self.compared
         started = time.perf_counter()
         for tried, case in enumerate(_in_turn(streams)):
             spent = time.perf_counter() - started
             if tried >= most or (spent > limit_s and (tried >= _SEARCH_LEAST or not suspicious)):
                 if suspicious:
-                    self.notes.append(f"the search for further cases ended after {tried}, {spent:.1f} s")
+                    self.cuts.append(f"the search for further cases ended after {tried}, {spent:.1f} s")
                 break
             if case in done or not reference.cheap(case.sizes, limit_s=max(0.5, 4 * reference.forward_s)):
                 continue
@@ -200,6 +216,42 @@ class Trial:
             mismatches = self._compare(case, 1)
             if mismatches:
                 return mismatches
+        return []
+
+    def _everywhere(self, otherwise: Site) -> list[Mismatch]:
+        """Look at all sizes, as far as the budget allows: the TorchScript was made by other code than eager runs.
+
+        Its arithmetic may be right at most sizes. If the budget ends before enough of them were looked at, that is
+        found `unproved`.
+        """
+        reference, budget_s = self.reference, self.version.trace.budget_s
+        sizes: dict[tuple[tuple[str, int], ...], Case] = {}
+        for case in cases.more_sizes(self.version, _whole(reference.seen.numbers)):
+            sizes.setdefault(case.axes, case)
+        looked_at = {case.axes for case in self.compared}
+        before, total = len(looked_at), len(sizes.keys() | looked_at)
+        longest_s = max(0.5, 4 * reference.forward_s, budget_s / 4)
+        started, spent = time.perf_counter(), 0.0
+        for axes, case in sizes.items():
+            spent = time.perf_counter() - started
+            if spent > budget_s and len(looked_at) >= _OTHERWISE_LEAST:
+                break
+            if axes in looked_at or not reference.cheap(case.sizes, limit_s=longest_s):
+                continue
+            looked_at.add(axes)
+            mismatches = self._compare(case, 1)
+            if mismatches:
+                return mismatches
+        if len(looked_at) == total:
+            return []
+        takes_s = spent / max(1, len(looked_at) - before) * total
+        budget = f"budget_s: {budget_s:g}; all take about {takes_s:.0f} s"
+        found = f"{len(looked_at)} of {total} sizes were compared ({budget})"
+        what = f"the {'trace' if self.traced else 'script'} runs other code than eager"
+        if len(looked_at) < min(total, _OTHERWISE_ENOUGH):
+            self._changed.append(hazards.found("unproved", f"{what}, and {found}", where=str(otherwise)))
+        else:
+            self.cuts.append(f"{what} at {otherwise}, and {found}")
         return []
 
     def _compare(self, case: Case, repeats: int) -> list[Mismatch]:
@@ -268,6 +320,10 @@ class Trial:
             return False
         reference.note(f"output {name} is sensitive to rounding")
         return True
+
+
+def _whole(numbers: Iterable[float]) -> set[int]:
+    return {int(n) for n in numbers if abs(n) < 1e30 and n == int(n) and n > 2}
 
 
 def _in_turn(streams: Sequence[Iterator[Case]]) -> Iterator[Case]:

@@ -503,3 +503,25 @@ class IoU(nn.Module):
         rb = torch.minimum(b[:, None, 2:], b[None, :, 2:])
         i = (rb - lt).clamp(min=0).prod(-1)
         return i / (a[:, None] + a[None] - i)
+
+
+@right(x="float32 batch t 8", t=(8, 1, 64))
+class AsksAndIsRight(nn.Module):
+    """Does something else when traced, which is the same."""
+
+    def forward(self, x):
+        if torch.jit.is_tracing():
+            return x * torch._shape_as_tensor(x)[1]
+        return x * x.shape[1]
+
+
+@right(x="float32 batch t 8", t=(8, 1, 64))
+class AsksForItsLog(nn.Module):
+    """Asks as torchvision does in most places."""
+
+    def forward(self, x):
+        if not torch.jit.is_scripting() and not torch.jit.is_tracing():
+            torch._C._log_api_usage_once("forward")
+        if not torch.jit.is_tracing() and x.shape[1] > 64:
+            raise ValueError(f"{x.shape[1]} is too long")
+        return x * x.shape[1]

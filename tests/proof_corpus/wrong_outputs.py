@@ -170,7 +170,7 @@ class OddImages(nn.Module):
         return x + nn.functional.interpolate(down, scale_factor=2.0)
 
 
-@wrong("differs", x="float32 batch 8")
+@wrong("asks-if-traced", x="float32 batch 8")
 class TracingBranchSilent(nn.Module):
     def forward(self, x):
         if torch.jit.is_tracing():
@@ -260,7 +260,7 @@ class DtB(nn.Module):
         return x.argmax(0) if x.shape[0] > 1 else x[0]
 
 
-@wrong("differs", x="float32 batch 8")
+@wrong("asks-if-traced", x="float32 batch 8")
 class GradMode(nn.Module):
     def forward(self, x):
         return x * 2 if torch.jit.is_tracing() or torch.jit.is_scripting() else x
@@ -280,3 +280,23 @@ class ConvTooSmall(nn.Module):
 
     def forward(self, x):
         return self.c(x.transpose(1, 2))
+
+
+@wrong("asks-if-traced", x="float32 batch t 8", t=(8, 1, 64))
+class ScaleInFloat32(nn.Module):
+    """Rounds down what is float64 when eager and float32 in a trace: at 5 of 64 sizes, a one too low."""
+
+    def forward(self, x):
+        t = torch._shape_as_tensor(x)[1].float() if torch.jit.is_tracing() else x.shape[1]
+        return x * (49 / t * t // 49)
+
+
+@wrong("asks-if-traced", x="float32 batch t s 8", t=(4, 1, 40), s=(4, 1, 40))
+class WrongWhereBothAre(nn.Module):
+    """Wrong if the shorter axis has one of three sizes only."""
+
+    def forward(self, x):
+        shorter = min(x.shape[1], x.shape[2])
+        if torch._C._get_tracing_state():
+            shorter = torch._shape_as_tensor(x)[1:3].min().float()
+        return x * (49 / shorter * shorter // 49)

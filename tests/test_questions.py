@@ -1,0 +1,194 @@
+"""Whether model code does something else where it is traced or scripted, and what a proof makes of it."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torchvision
+from test_reference import Proved, version
+from torch import nn
+
+from tritonbuild import questions
+from tritonbuild.reference import Reference
+from tritonbuild.spec import Axis
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+def line(forward: Callable[..., Any], root: Path, *, traced: bool = True) -> int | None:
+    """Return the line of `forward`, from its first, that runs otherwise when it is traced; None for none."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: list[float] = []
+            self.half = False
+
+    Net.forward = forward
+    reference = Reference(version(axes={"t": Axis(example=6, min=2, max=12)}), Net, "cpu", root)
+    found = questions.runs_otherwise(reference, traced=traced)
+    if found is None:
+        return None
+    assert found.file == __file__
+    return found.line - forward.__code__.co_firstlineno
+
+
+def test_what_does_not_ask_runs_as_eager(tmp_path: Path) -> None:
+    assert line(lambda _, x: x + 1, tmp_path) is None
+
+
+def test_asking_without_consequence_does_not_count(tmp_path: Path) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting() and not torch.jit.is_tracing():
+            torch._C._log_api_usage_once("forward")
+        if not torch.jit.is_tracing() and x.dim() != 3:
+            raise ValueError
+        if not torchvision._is_tracing() and self.half:
+            x = x.half()
+        return x + 1
+
+    assert line(forward, tmp_path) is None
+    assert line(forward, tmp_path, traced=False) is None
+
+
+def test_the_first_line_that_is_run_otherwise_is_named(tmp_path: Path) -> None:
+    def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
+        if torchvision._is_tracing():
+            x = x + 1
+        return x
+
+    assert line(forward, tmp_path) == 2
+    assert line(forward, tmp_path, traced=False) is None
+
+
+def test_a_line_that_eager_alone_runs_is_named(tmp_path: Path) -> None:
+    def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            x = x + 1
+        return x
+
+    assert line(forward, tmp_path, traced=False) == 2
+    assert line(forward, tmp_path) is None
+
+
+def test_a_value_chosen_by_the_answer_counts(tmp_path: Path) -> None:
+    def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
+        size = len(x) if torch.jit.is_tracing() else int(x.shape[0])
+        return x + size
+
+    assert line(forward, tmp_path) == 1
+
+
+def test_what_torch_does_in_a_statement_counts(tmp_path: Path) -> None:
+    def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
+        x = x + 1
+        if torch.jit.is_tracing():
+            x.mul_(2)
+        return x
+
+    assert line(forward, tmp_path) == 3
+
+
+def test_a_path_that_raises_outside_a_trace_counts(tmp_path: Path) -> None:
+    def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_tracing():
+            x.shape[1].add(1)  # type: ignore[attr-defined]
+        return x
+
+    assert line(forward, tmp_path) == 2
+
+
+@pytest.mark.parametrize("name", ["densenet121", "efficientnet_b0", "swin_t", "squeezenet1_1"])
+def test_common_networks_run_as_eager(name: str, tmp_path: Path) -> None:
+    """All but the last ask, and more than ten times."""
+
+    def build() -> nn.Module:
+        return torchvision.models.get_model(name, weights=None).eval()
+
+    class Picture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = build()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x[:, :, :, None].expand(-1, 32, 32, 3).permute(0, 3, 1, 2))
+
+    reference = Reference(version(axes={"t": Axis(example=32, min=32, max=32)}), Picture, "cpu", tmp_path)
+    assert questions.runs_otherwise(reference, traced=True) is None
+    assert questions.runs_otherwise(reference, traced=False) is None
+
+
+# ------------------------------------------------------------------------------------------- what a proof makes of it
+
+
+class Rounded(nn.Module):
+    """Wrong at one of many sizes, and only where it is traced."""
+
+    seconds = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        size = torch._shape_as_tensor(x)[1] if torch.jit.is_tracing() else x.shape[1]
+        return x * size
+
+
+class Slow(Rounded):
+    seconds = 0.02
+
+
+ASKS = Rounded.forward.__code__.co_firstlineno + 2
+
+
+def test_all_sizes_are_compared_although_the_budget_is_low_if_they_are_few(tmp_path: Path) -> None:
+    few = Axis(example=6, min=1, max=12)
+    proved = Proved(Slow, version(batch=0, axes={"t": few}, cases=1, budget_s=1e-3), tmp_path)
+    assert proved.names == []
+    assert {case.sizes["t"] for case in proved.reference._answers} == set(range(1, 13))
+
+
+def test_a_pass_on_few_of_many_sizes_is_none(tmp_path: Path) -> None:
+    many = Axis(example=6, min=1, max=400)
+    proved = Proved(Slow, version(batch=0, axes={"t": many}, cases=1, budget_s=1e-3), tmp_path)
+    [hazard] = proved.verdict.hazards
+    assert re.sub(r"about \d+ s", "about # s", str(hazard)) == (
+        f"unproved: tests/test_questions.py:{ASKS}: the trace runs other code than eager, "
+        "and 16 of 400 sizes were compared (budget_s: 0.001; all take about # s)"
+    )
+
+
+def test_a_pass_on_few_sizes_can_be_accepted(tmp_path: Path) -> None:
+    many = Axis(example=6, min=1, max=400)
+    trace = {"cases": 1, "budget_s": 1e-3, "accept": {"unproved": "checked by hand"}}
+    proved = Proved(Slow, version(batch=0, axes={"t": many}, **trace), tmp_path)
+    assert proved.verdict.passed
+    assert [(hazard.hazard, reason) for hazard, reason in proved.verdict.accepted] == [("unproved", "checked by hand")]
+
+
+def test_a_pass_on_enough_of_many_sizes_says_how_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tritonbuild.trial._OTHERWISE_ENOUGH", 16)
+    many = Axis(example=6, min=1, max=400)
+    proved = Proved(Slow, version(batch=0, axes={"t": many}, cases=1, budget_s=1e-3), tmp_path)
+    assert proved.verdict.passed
+    [cut] = proved.report["cuts"]
+    assert re.sub(r"about \d+ s", "about # s", cut) == (
+        f"the trace runs other code than eager at tests/test_questions.py:{ASKS}, "
+        "and 16 of 400 sizes were compared (budget_s: 0.001; all take about # s)"
+    )
+
+
+def test_time_leaves_the_budget_alone_where_the_model_does_not_ask(tmp_path: Path) -> None:
+    class Still(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.02)
+            return x * x.shape[1]
+
+    many = Axis(example=6, min=1, max=400)
+    proved = Proved(Still, version(batch=0, axes={"t": many}, cases=1, budget_s=1e-3), tmp_path)
+    assert proved.verdict.passed
+    assert proved.verdict.cuts == []
