@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import uuid
 from typing import TYPE_CHECKING
@@ -74,3 +76,62 @@ def test_image_without_an_engine_is_left_out_in_one_line(project: Callable[[dict
     assert "-- image\n" in ran.out
     (line,) = [line for line in ran.out.splitlines() if "left out" in line]
     assert line.startswith("   left out: image: no Docker engine")
+
+
+MANY = 'triton: "26.07"\ndevice: cpu\nmodels:\n' + "".join(
+    f"  {name}:\n    entry_point: nets:{name.title()}\n    max_batch_size: 4\n"
+    "    inputs: {x: {dtype: float32, shape: [batch, 4]}}\n    trace: {cases: 4, budget_s: 2}\n"
+    for name in ("a", "b", "c")
+)
+NETS = (
+    "import torch\n\n\nclass A(torch.nn.Tanh): ...\n\n\nclass B(torch.nn.ReLU): ...\n\n\nclass C(torch.nn.GELU): ...\n"
+)
+
+
+def loaded(made: Project) -> list[str]:
+    """Return what the server of the last run was told to load."""
+    log = max((made.root / ".build" / "log").glob("server-*.log"), key=lambda path: path.stat().st_mtime)
+    return re.findall(r"successfully loaded '(\w+)'", log.read_text())
+
+
+def test_models_are_loaded_side_by_side_each_once_and_only_those_that_are_asked(
+    project: Callable[[dict[str, str]], Project],
+) -> None:
+    made = project({"pipeline.yaml": MANY, "nets.py": NETS})
+    assert made.doit().code == 0
+    assert sorted(loaded(made)) == ["a", "b", "c"]
+
+    for name in ("a", "c"):
+        (made.root / f".build/smoke/{name}/1.json").unlink()
+    again = made.doit(TRITONBUILD_STORE="off")
+    assert again.tasks == ["smoke:a/1", "smoke:c/1"]
+    assert loaded(made) == ["a", "c"]
+
+    (made.root / ".build/smoke/a/1.json").unlink()
+    (made.root / ".build/smoke/b/1.json").unlink()
+    assert made.doit("smoke:a/1", TRITONBUILD_STORE="off").tasks == ["smoke:a/1"]
+    assert loaded(made) == ["a"]
+
+
+def test_a_model_that_does_not_load_fails_its_own_test_alone(project: Callable[[dict[str, str]], Project]) -> None:
+    """Also where it was to be loaded with the one before it. Its warm-up asks for a row that is not there."""
+    table = MANY.replace("nets:B", "nets:Table").replace(
+        "  c:\n",
+        "    config:\n      model_warmup:\n        - name: all\n          batch_size: 1\n"
+        "          inputs: {x: {data_type: TYPE_INT64, dims: [4], input_data_file: ids}}\n  c:\n",
+    )
+    b = "nets:Table\n    max_batch_size: 4\n    inputs: {x: {dtype: "
+    table = table.replace(f"{b}float32, shape: [batch, 4]}}}}", f"{b}int64, shape: [batch, 4], range: [0, 4]}}}}")
+    nets = f"{NETS}\n\nclass Table(torch.nn.Embedding):\n    def __init__(self):\n        super().__init__(5, 2)\n"
+    made = project({"pipeline.yaml": table, "nets.py": nets})
+    (made.root / "ids").write_bytes((99).to_bytes(8, "little") * 4)
+    ran = made.doit()
+    assert ran.code == 1, ran.out
+    assert [line for line in ran.out.splitlines() if line.startswith("!! ")] == [
+        (
+            "!! load b/1: failed to run warmup sample 'all': PyTorch execute failure: "
+            "The following operation failed in the TorchScript interpreter."
+        )
+    ]
+    verdicts = {name: json.loads((made.root / f".build/smoke/{name}/1.json").read_text())["verdict"] for name in "abc"}
+    assert verdicts == {"a": "passed", "b": "failed", "c": "passed"}

@@ -173,6 +173,7 @@ def task_smoke() -> Iterator[dict[str, Any]]:
 def _smoke(declared: Pipeline, version: ModelVersion, server: serving.ServerChoice) -> dict[str, Any]:
     targets = [f".build/smoke/{version.label}.json"]
     check = keys.UpToDate(declared.root, lambda: serving.smoke_parts(declared, version, server), targets)
+    server.expect(version.model, f"smoke:{version.label}", check)
     return {
         "name": version.label,
         "doc": f"models/{version.label} on {server.kind} against its cases",

@@ -91,8 +91,12 @@ class _Embedded(Server):
         self._path = log
         self._repository = repository
         self._loaded: list[str] = []
+        self._failures: dict[str, ServerError] = {}
 
     def load(self, *models: str) -> None:
+        for model in models:
+            if model in self._failures:  # to load it again may end the server: a warm-up that failed does
+                raise self._failures[model]
         pending = [model for model in dict.fromkeys(models) if model not in self._loaded]
         while pending:
             wave = self._next_wave(pending, keep=models)
@@ -100,11 +104,13 @@ class _Embedded(Server):
             threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
             try:
                 with slow(f"loading {', '.join(wave)}"):
-                    failures = [failure for failure in threads.map(self._load_one, wave) if failure]
+                    outcomes = dict(zip(wave, threads.map(self._load_one, wave), strict=True))
             finally:
                 threads.shutdown(wait=False, cancel_futures=True)  # a Ctrl-C does not wait for what is loading
-            if failures:
-                raise failures[0]
+            self._failures |= {model: failure for model, failure in outcomes.items() if failure}
+            for model in wave:
+                if model in self._failures:
+                    raise self._failures[model]
 
     def unload(self, *models: str) -> None:
         for model in models:

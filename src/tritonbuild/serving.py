@@ -8,14 +8,19 @@ Source: docs/deploy.md; docs/pipeline.md, "Commands".
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import multiprocessing
+import os
 import shutil
 import sys
 import time
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from tritonbuild import keys
+from tritonbuild import keys, state
 from tritonbuild.actions import Scratch, fetch, put, task, traced
+from tritonbuild.errors import ServerError
 from tritonbuild.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -140,6 +145,8 @@ class ServerChoice:
         # Equal on every machine: a verdict about the same bytes counts there too. An image or a URL may be anything.
         self.is_known = self.kind == "embedded"
         self._running: Any = None
+        self._expected: dict[str, list[tuple[str, keys.UpToDate]]] = {}
+        self._asked: set[str] = set()
 
     def parts(self) -> keys.Parts:
         """Return what an answer depends on beside the model: the kind of server and the recipe."""
@@ -171,6 +178,31 @@ class ServerChoice:
             self._context, self._running = context, context.__enter__()
         return self._running
 
+    def expect(self, model: str, task: str, check: keys.UpToDate) -> None:
+        """Take note of a smoke test that this run may come to, in the order of the run."""
+        self._expected.setdefault(model, []).append((task, check))
+
+    def ready(self, model: str) -> Any:
+        """Return the running server, which has loaded the model if it can.
+
+        With it, the embedded server loads the models whose turn is next, as many as there are cores: each imports torch
+        in a process of its own, which takes longer than the smoke test. What does not load, its own test tells.
+        """
+        running = self.get()
+        alone = self.kind != "embedded" or not Reporter.everything or multiprocessing.parent_process() is not None
+        if model not in self._asked and not alone:
+            names = list(self._expected)
+            following = names[names.index(model) + 1 :]
+            wave = [model, *itertools.takewhile(self._is_due, following[: len(os.sched_getaffinity(0)) - 1])]
+            self._asked.update(wave)
+            with contextlib.suppress(ServerError):
+                running.load(*wave)
+        return running
+
+    def _is_due(self, model: str) -> bool:
+        memory = state.current()
+        return any(check.reasons(task, memory.get(task, "_values_:") or {}) for task, check in self._expected[model])
+
     def stop(self) -> None:
         """Stop the server, if it runs; doit calls this at the end of every run, also after Ctrl-C."""
         if self._running is not None:
@@ -196,7 +228,7 @@ def smoke(
             return known
         started = time.perf_counter()
         smoke.run(
-            server.get(),
+            server.ready(version.model),
             version.model,
             version.version,
             cases=root / traced(version).cases,
