@@ -192,3 +192,20 @@ def test_time_leaves_the_budget_alone_where_the_model_does_not_ask(tmp_path: Pat
     proved = Proved(Still, version(batch=0, axes={"t": many}, cases=1, budget_s=1e-3), tmp_path)
     assert proved.verdict.passed
     assert proved.verdict.cuts == []
+
+
+def test_a_search_that_time_ended_says_for_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Escapes(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.abs() + 1
+            assert x.min() > 0
+            return x
+
+    monkeypatch.setattr("tritonbuild.trial._SEARCH_S", 0.0)
+    proved = Proved(Escapes, version(axes={"t": Axis(example=6, min=2, max=12)}), tmp_path)
+    assert proved.verdict.passed
+    [cut] = proved.verdict.cuts
+    where = f"tests/test_questions.py:{Escapes.forward.__code__.co_firstlineno + 2}"
+    assert re.fullmatch(
+        rf"\d further cases were tried for the value that leaves torch at {where}, then time ended \(\d+\.\d s\)", cut
+    )

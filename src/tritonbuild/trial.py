@@ -22,7 +22,7 @@ from tritonbuild.calls import Failure
 from tritonbuild.diagnose import Evidence, Mismatch, explain
 from tritonbuild.draws import PLAIN
 from tritonbuild.graphs import Graph
-from tritonbuild.monitors import first_party
+from tritonbuild.monitors import Site, first_party
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from tritonbuild.cases import Case
     from tritonbuild.diagnose import TracerWarning
     from tritonbuild.hazards import Hazard
-    from tritonbuild.monitors import Site
     from tritonbuild.reference import Reference
     from tritonbuild.spec import ModelVersion
 
@@ -196,19 +195,21 @@ class Trial:
         if mismatches:
             return mismatches
         numbers = {n for n in reference.seen.numbers if n == n and abs(n) < 1e30}
-        suspicious = bool(reference.seen.escapes) or any(first_party(warning.filename) for warning in self.warnings)
+        suspicious = self._suspicion()
         streams = [cases.more_sizes(self.version, _whole(numbers))]
         if reference.seen.escapes:
             streams += [cases.more_values(self.version, numbers, reference.source.bounds), climb.found(reference)]
         most, limit_s = (_SEARCH_CASES, _SEARCH_S) if suspicious else (_LOOK_CASES, _LOOK_S)
         limit_s = min(self.version.trace.budget_s, limit_s)
         done = set(reference.cases) | self.compared
+        before = len(self.compared)
         started = time.perf_counter()
         for tried, case in enumerate(_in_turn(streams)):
             spent = time.perf_counter() - started
             if tried >= most or (spent > limit_s and (tried >= _SEARCH_LEAST or not suspicious)):
                 if suspicious:
-                    self.cuts.append(f"the search for further cases ended after {tried}, {spent:.1f} s")
+                    text = f"further cases were tried for {suspicious}, then time ended ({spent:.1f} s)"
+                    self.cuts.append(f"{len(self.compared) - before} {text}")
                 break
             if case in done or not reference.cheap(case.sizes, limit_s=max(0.5, 4 * reference.forward_s)):
                 continue
@@ -217,6 +218,14 @@ class Trial:
             if mismatches:
                 return mismatches
         return []
+
+    def _suspicion(self) -> str:
+        """Return what makes it likely that Python decides by sizes or values; "" for nothing."""
+        escape = next(iter(self.reference.seen.escapes), None)
+        if escape:
+            return f"the value that leaves torch{f' at {escape.site}' if escape.site else ''}"
+        warned = next((warning for warning in self.warnings if first_party(warning.filename)), None)
+        return f"the tracer's warning at {Site(warned.filename, warned.lineno)}" if warned else ""
 
     def _everywhere(self, otherwise: Site) -> list[Mismatch]:
         """Look at all sizes, as far as the budget allows: the TorchScript was made by other code than eager runs.
