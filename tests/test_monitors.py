@@ -140,6 +140,30 @@ def test_a_while_loop_is_a_loop_and_an_exception_is_a_branch() -> None:
     assert (found.kind, found.site.line) == ("branch", attempt.__code__.co_firstlineno + 2)
 
 
+def test_an_if_at_the_end_of_a_loop_is_a_branch_and_the_loop_is_one() -> None:
+    def last(x: torch.Tensor) -> torch.Tensor:
+        for row in x:
+            if row > 0:
+                x = x + row
+        return x
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        while len(x) > 1:
+            if x[0] > 0:
+                x = x * 2
+            x = x[1:]
+        return x
+
+    for function, line, kind in ((last, 2, "branch"), (inner, 2, "branch")):
+        found = fork(seen(function, torch.ones(3)), seen(function, -torch.ones(3)))
+        assert found
+        assert (found.kind, found.site.line) == (kind, function.__code__.co_firstlineno + line)
+    for function in (last, inner):
+        found = fork(seen(function, torch.ones(3)), seen(function, torch.ones(4)))
+        assert found
+        assert (found.kind, found.site.line) == ("loop", function.__code__.co_firstlineno + 1)
+
+
 def test_tracing_and_profiling_of_others_are_left_as_they_were() -> None:
     before = sys.gettrace(), sys.getprofile()
     seen(lambda x: x, torch.ones(1))

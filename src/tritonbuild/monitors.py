@@ -328,7 +328,20 @@ def fork(one: Observation, two: Observation) -> Fork | None:
     code, offset = last
     starts = [line for start, line in dis.findlinestarts(code) if start <= offset and line is not None]
     site = Site(code.co_filename, starts[-1] if starts else code.co_firstlineno)
-    jump = next((step for step in dis.get_instructions(code) if step.offset == offset), None)
-    backward = jump is not None and "JUMP" in jump.opname and isinstance(jump.argval, int) and jump.argval <= offset
-    again = backward or (jump is not None and jump.opname == "FOR_ITER")
-    return Fork("loop" if again else "branch", site)
+    return Fork("loop" if _repeats(code, offset) else "branch", site)
+
+
+def _repeats(code: CodeType, offset: int) -> bool:
+    """Return whether the instruction decides if a loop goes on: the head of a `for`, the test of a `while`."""
+    starts = {start: line for start, line in dis.findlinestarts(code) if line is not None}
+    names, lines, back = {}, {}, []
+    line = code.co_firstlineno
+    for step in dis.get_instructions(code):
+        line = starts.get(step.offset, line)
+        names[step.offset], lines[step.offset] = step.opname, line
+        if "JUMP" in step.opname and isinstance(step.argval, int) and step.argval <= step.offset:
+            back.append((step.offset, step.argval))
+    # From Python 3.12 on the test of a `while` is there twice, and only the second one jumps back, to the body. What
+    # jumps back to the head of a `for` is the end of its body, which may be an `if`.
+    tests = {lines[at] for at, to in back if names[to] != "FOR_ITER"}
+    return names[offset] == "FOR_ITER" or lines[offset] in tests
