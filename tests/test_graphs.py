@@ -76,6 +76,23 @@ def test_chance_and_training_mode(forward: Any, random: list[str], training: lis
         assert [node.kind for node in found.training()] == training
 
 
+@torch.jit.script
+def absolute(x: torch.Tensor) -> torch.Tensor:
+    return x if bool(x.sum() > 0) else -x
+
+
+@torch.jit.script
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    while bool(x.sum() < 1):
+        x = 2 * x + 1
+    return x
+
+
+@pytest.mark.parametrize(("forward", "branches"), [(absolute, True), (doubled, True), (torch.abs, False)])
+def test_branches_and_loops(forward: Any, branches: bool) -> None:
+    assert graph(forward).branches() is branches
+
+
 def test_operators_that_a_server_needs_more_for() -> None:
     @torch.library.custom_op("graphs::twice", mutates_args=())
     def twice(x: torch.Tensor) -> torch.Tensor:

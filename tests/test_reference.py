@@ -280,6 +280,56 @@ def test_a_proof_costs_less_than_fifteen_calls_per_case(tmp_path: Path, monkeypa
     assert sum(count.values()) < 15 * planned
 
 
+class Branching(Linear):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if x.shape[0] > 1000:
+            x = x * 2
+        return self.linear(x), x.argmax(-1)
+
+
+class CountingTensor(Linear):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.calls.add_(1)
+        return self.linear(x), x.argmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("make", "script", "everything"),
+    [(Linear, False, False), (Branching, False, False), (Branching, True, True), (CountingTensor, False, True)],
+)
+def test_what_does_not_depend_on_values_is_run_in_another_order_at_each_size(
+    make: type[Linear], script: bool, everything: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[object, ...]] = []
+    before = calls.torchscript
+
+    def counted(module: Any, inputs: Any, *args: Any) -> Any:
+        ran.append((module, tuple(inputs[0].shape), inputs[0].sum().item()))
+        return before(module, inputs, *args)
+
+    def scripted() -> torch.jit.ScriptModule:
+        torch.default_generator.manual_seed(0)
+        return torch.jit.script(make().eval())
+
+    monkeypatch.setattr(calls, "torchscript", counted)
+    proved = Proved(make, version(), tmp_path, script=scripted if script else None)
+    assert proved.verdict.passed
+    planned = [case.axes for case in proved.reference.cases]
+    modules = list(dict.fromkeys(module for module, _, _ in ran))
+    assert len(modules) == 2
+    again = [shape[0] for module, shape, _ in ran if module is modules[1]]
+    reverse = [size for ((_, size),) in reversed(planned)]
+    wanted = reverse if everything else [size for i, size in enumerate(reverse) if reverse[:i].count(size) < 2]
+    assert len(wanted) == len(planned) if everything else 2 * len(set(planned)) >= len(wanted) < len(planned) / 2
+    assert again[: len(wanted)] == wanted
+    # What follows is the search, one case of a size at a time.
+    assert len(again) - len(wanted) <= 64
+
+
 def test_eager_is_run_once_for_all_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Proved(Linear, version(), tmp_path)
     count = 0

@@ -104,6 +104,10 @@ class Graph:
         """Return whether a server without torchvision cannot load the model."""
         return any(self._vision(node) for node in self.nodes)
 
+    def branches(self) -> bool:
+        """Return whether what is run may depend on values: there are branches or loops."""
+        return not {"prim::If", "prim::Loop"}.isdisjoint(self.operators)
+
     def has_lstm(self) -> bool:
         """Return whether oneDNN's LSTM may run, which does not check the size of its initial state."""
         return "aten::lstm" in self.operators

@@ -19,6 +19,7 @@ from tritonbuild import cases
 from tritonbuild.diagnose import TracerWarning
 from tritonbuild.draws import Source
 from tritonbuild.reference import Reference
+from tritonbuild.scripting import schema_of
 from tritonbuild.trial import Trial
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Verdict:
         passed: Whether the TorchScript may be served.
         hazards: Why not; the simplest case of each.
         accepted: Hazards that were found and are accepted, each with the declared reason.
+        arguments: Names of the arguments of the TorchScript's forward.
         cases: Cases at which TorchScript and eager were compared.
         max_abs_error: Output name -> largest absolute error of finite elements.
         seconds: Of this proof, eager included as far as it was not known before.
@@ -54,6 +56,7 @@ class Verdict:
     passed: bool
     hazards: list[Hazard]
     accepted: list[tuple[Hazard, str]]
+    arguments: list[str]
     cases: int
     max_abs_error: dict[str, float]
     seconds: float
@@ -110,6 +113,7 @@ def prove(
         passed=not failing,
         hazards=failing,
         accepted=[(hazard, accepted[hazard.hazard]) for hazard in unique if hazard.hazard in accepted],
+        arguments=[argument.name for argument in schema_of(trial.module).arguments[1:]],
         cases=len(trial.compared),
         max_abs_error=trial.errors,
         seconds=time.perf_counter() - started,

@@ -86,7 +86,7 @@ class Reference:
         self._answers: dict[Case, Answer] = {}
         self._bytes = 0
         self._mutated: Hazard | None = None
-        self._touched: list[str] = []
+        self.touched: list[str] = []  # what a call changes of the model and leaves so
 
     # ------------------------------------------------------------------------------------------------ running eager
 
@@ -120,7 +120,7 @@ class Reference:
 
     def usable(self) -> nn.Module:
         """Return a module to call: the one that has been called before, unless calls leave something behind."""
-        return self.fresh() if self._touched else self._used
+        return self.fresh() if self.touched else self._used
 
     def attempt(self, module: nn.Module, inputs: Sequence[Tensor]) -> Answer:
         """Call eager once; return what it raises instead of raising it."""
@@ -185,7 +185,7 @@ class Reference:
         outputs = calls.eager(first, inputs, self.device)
         self._drew = memory.random_state() != chance_before
         self._state = memory.state(first)
-        self._touched = memory.changed(before, self._state)
+        self.touched = memory.changed(before, self._state)
         which = unchanged.broken(inputs)
         self._mutated = None if which is None else self._mutation(case, which)
         started = time.perf_counter()
@@ -201,7 +201,7 @@ class Reference:
 
     def observe(self, case: Case) -> Observation:
         """Return what eager does on a case; what it raises is not of interest here."""
-        module, inputs = self.fresh() if self._touched else self._used, self.inputs(case)
+        module, inputs = self.fresh() if self.touched else self._used, self.inputs(case)
         return monitors.observe(module, inputs, lambda: self.attempt(module, inputs))
 
     @cached_property
@@ -284,9 +284,9 @@ class Reference:
             return [hazards.found("eager-fails", calls.failure(error).text, case=str(first))]
         found = list(self._repeated())
         fails = self._sweep()
-        late = [] if self._touched else memory.changed(self._state, memory.state(self._used))
+        late = [] if self.touched else memory.changed(self._state, memory.state(self._used))
         if late:  # only some cases leave something behind: the answers so far may depend on it
-            self._touched = late
+            self.touched = late
             self._answers.clear()
             self._bytes = 0
             found += [hazard for hazard in [history.reaches(self, late)] if hazard]
@@ -305,8 +305,8 @@ class Reference:
     def _repeated(self) -> Iterator[Hazard]:
         """Yield what differs from call to call."""
         case = self.planned[0]
-        if self._touched:
-            hazard = history.reaches(self, self._touched)
+        if self.touched:
+            hazard = history.reaches(self, self.touched)
             if hazard:
                 yield hazard
                 return

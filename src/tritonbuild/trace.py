@@ -19,7 +19,6 @@ from tritonbuild import archive, cases, proof
 from tritonbuild.candidates import candidates, quiet
 from tritonbuild.entry import Builder, builder
 from tritonbuild.errors import BuildError, ProofError, TraceError
-from tritonbuild.scripting import schema_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -136,7 +135,7 @@ class _Run:
             self._note(f"{verdict.cases} cases, {len(verdict.hazards)} hazards, {verdict.seconds:.1f} s")
             if verdict.passed:
                 self.record = {**proof.report(verdict, self.reference), "candidate": description, **_tried(tried)}
-                self._finish(path)
+                self._finish(path, verdict.arguments)
                 return
             for hazard in verdict.hazards:
                 self._note(str(hazard))
@@ -161,8 +160,7 @@ class _Run:
             traced=traced,
         )
 
-    def _finish(self, path: Path) -> None:
-        arguments = [argument.name for argument in schema_of(self._load(path)).arguments[1:]]
+    def _finish(self, path: Path, arguments: list[str]) -> None:
         signature = proof.signature(self.version, self.reference, arguments)
         text = json.dumps(signature, indent=2, sort_keys=True) + "\n"
         (self.out / "signature.json").write_text(text)

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 _REPEATED = 3
 """Cases that are called three times in a row: the profiling executor changes the code after the first call."""
 
+_VALUES_AGAIN = 2
+"""Cases of one size that are run in the other order, where code does not depend on values."""
+
 _EVIDENCE = 6
 _EVIDENCE_S = 2.0
 """Further mismatches that are collected to find the simplest, and seconds that this may take."""
@@ -170,9 +173,19 @@ class Trial:
             return mismatches
         # Another order of sizes for the profiling executor, on a module that has not run.
         self.module, self.calls = self.load(), 0
-        for case in reversed(planned[:: 8 if reference.dear else 1]):
+        for case in self._in_another_order(planned):
             mismatches += self._compare(case, 1)
         return mismatches or self._search()
+
+    def _in_another_order(self, planned: Sequence[Case]) -> list[Case]:
+        reverse = list(reversed(planned[:: 8 if self.reference.dear else 1]))
+        if self.graph.branches() or self.reference.touched:
+            return reverse
+        # Code without branches is specialized to sizes, not to values: what every value gives has been seen.
+        of_size: dict[tuple[tuple[str, int], ...], list[Case]] = {}
+        for case in reverse:
+            of_size.setdefault(case.axes, []).append(case)
+        return [case for case in reverse if case in of_size[case.axes][:_VALUES_AGAIN]]
 
     def _first_of_each_size(self, planned: Sequence[Case]) -> list[Mismatch]:
         """Run each size once without oneDNN, whose LSTM writes past an initial state that is too small."""
