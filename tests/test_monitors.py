@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import time
 from collections import deque
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,26 @@ def test_calls_of_chance_are_seen() -> None:
     assert [name for name, _ in found.dropout] == ["dropout"]
     assert [name for name, _ in found.unfilled] == ["empty"]
     assert [name for name, _ in found.clocks] == ["time"]
+
+
+def test_reading_the_date_is_seen() -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x + datetime.now().hour + date.today().year + time.localtime().tm_hour  # noqa: DTZ005, DTZ011
+
+    found = seen(forward, torch.ones(3))
+    assert [name for name, _ in found.clocks] == ["now", "today", "localtime"]
+
+
+def test_variables_that_model_code_reads_are_seen() -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if "FIRST" in os.environ or os.getenv("SECOND") == "sum" or os.environ.get("THIRD", "no") == "yes":
+            return x
+        os.path.expandvars("$HOME")  # Python's own reading of it
+        return x * 2
+
+    found = seen(forward, torch.ones(3))
+    assert [name for name, _ in found.environment] == ["FIRST", "SECOND", "THIRD"]
+    assert {"sum", "yes"} <= found.texts
 
 
 def test_an_input_changed_in_place_is_seen_with_its_line() -> None:

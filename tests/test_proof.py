@@ -55,8 +55,9 @@ class Traced:
         self.version = version
         self.build = Builder(version, CORPUS, torch.device("cpu"))
         self.example = proof.example(version, "cpu", CORPUS)
-        with torch.no_grad():
-            self.build()(*[tensor.clone() for tensor in self.example])
+        self.reference = proof.Reference(version, self.build, "cpu", CORPUS)
+        _ = self.reference.example
+        self.reference.forget()
         _, self.make = next(iter(candidates(version, self.build, self.example)))
         self.bytes = archive.canonical(self.make())
 
@@ -64,8 +65,7 @@ class Traced:
         return torch.jit.load(io.BytesIO(self.bytes))
 
     def proved(self) -> Verdict:
-        reference = proof.Reference(self.version, self.build, "cpu", CORPUS)
-        return proof.prove(self.version, self.build, self.load, "cpu", self.make.warnings, reference)
+        return proof.prove(self.version, self.build, self.load, "cpu", self.make.warnings, self.reference)
 
 
 @pytest.mark.parametrize("model", WRONG, ids=lambda model: model.name)

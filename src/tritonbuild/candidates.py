@@ -219,11 +219,14 @@ def explained(error: BaseException, root: Path) -> str:
 
 
 _PLACE = re.compile(r'File "([^"]+)", line (\d+)')
+_CALLED = re.compile(r"^(\S+)\((\d+)\): ", re.MULTILINE)
+"""A line of the stack that a traced node remembers."""
 
 
 def _marked_line(text: str, root: Path) -> str:
-    """Return the line that torch.jit.script names in its message; the innermost comes first."""
-    place = _PLACE.search(text)
+    """Return the line that torch.jit names in its message; the innermost comes first."""
+    called = (place for place in _CALLED.finditer(text) if is_user_code(place[1]))
+    place = _PLACE.search(text) or next(called, None)
     return f"{shown_path(place[1], root)}:{place[2]}" if place else ""
 
 

@@ -1,9 +1,9 @@
-"""Decides whether chance reaches an output: random numbers, the clock, memory that nobody has filled.
+"""Decides whether chance reaches an output: random numbers, the clock, the environment, memory nobody has filled.
 
 That a model draws random numbers proves nothing: a layer may draw them and not use them, as LayerDrop does in eval
 mode. That one run equals the next proves nothing either: the draw may matter once in a thousand calls. So chance is
-steered: other seeds, then the ends of what a generator may return, other times, other garbage. If an output moves,
-chance reaches it.
+steered: other seeds, then the ends of what a generator may return, other times, other variables, other garbage. If an
+output moves, chance reaches it.
 
 Source: distributions of torch's, numpy's and Python's generators.
 """
@@ -11,8 +11,11 @@ Source: distributions of torch's, numpy's and Python's generators.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import math
+import os
 import random
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -22,10 +25,16 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from tritonbuild.monitors import DROPOUT, UNFILLED
+from tritonbuild import calls, hazards
+from tritonbuild.monitors import DROPOUT, UNFILLED, called_random
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
+
+    from tritonbuild.cases import Case
+    from tritonbuild.hazards import Hazard
+    from tritonbuild.monitors import Observation
+    from tritonbuild.reference import Reference
 
 _ALMOST_ONE = 1 - 2.0**-24
 _ENDS = {
@@ -37,7 +46,11 @@ _ENDS = {
     "bernoulli_": (0.0, 1.0),
 }
 _SEEDS = 24
+_LIMIT_S = 0.3
 _CLOCKS = ("time", "monotonic", "perf_counter", "process_time")
+_LATER = (0.37, 1, 61, 3601, 43201, 86400 * 40.5, 86400 * 400)
+_VARIABLES = 16
+_VALUES = ("1", "0", "2", "true", "false", "0.5", "")
 
 
 class _Steered(TorchFunctionMode):
@@ -105,15 +118,86 @@ def _steered(end: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _later(seconds: float) -> Iterator[None]:
+def _later(seconds: float, files: Collection[str]) -> Iterator[None]:
+    """Let the clocks show a later time, and stand still: what moves between two runs is then not their doing."""
+    at = time.time() + seconds
+    shown: dict[int, tuple[object, object]] = {}
+    for name in _CLOCKS:
+        for function, scale in ((name, 1.0), (f"{name}_ns", 1e9)):
+            now = getattr(time, function)
+            stopped = type(now())(now() + seconds * scale)
+            shown[id(now)] = (now, lambda stopped=stopped: stopped)
+    for broken in (time.localtime, time.gmtime, time.ctime):
+        shown[id(broken)] = (broken, lambda secs=None, broken=broken: broken(at if secs is None else secs))
+    strftime, moment, date = time.strftime, datetime.datetime, datetime.date
+    shown[id(strftime)] = (strftime, lambda text, t=None: strftime(text, t or time.localtime()))
+    shown[id(moment)] = (moment, _calendar(moment, at))
+    shown[id(date)] = (date, _calendar(date, at))
+    # The names under which the model's own files know them as well: from datetime import datetime.
+    modules = [time, datetime, *(m for m in list(sys.modules.values()) if getattr(m, "__file__", None) in files)]
     with contextlib.ExitStack() as stack:
-        for name in _CLOCKS:
-            for function, scale in ((name, 1.0), (f"{name}_ns", 1e9)):
-                now = getattr(time, function)
-                # The shifted clock stands still: whatever moves between two runs is then not the clock's doing.
-                stopped = type(now())(now() + seconds * scale)
-                stack.enter_context(mock.patch.object(time, function, lambda stopped=stopped: stopped))
+        for module in modules:
+            for name, value in list(vars(module).items()):
+                if id(value) in shown and shown[id(value)][0] is value:
+                    stack.enter_context(mock.patch.object(module, name, shown[id(value)][1]))
         yield
+
+
+def _calendar(real: Any, at: float) -> Any:
+    """Return datetime or date as they are when it is that late."""
+
+    class Kind(type(real)):  # type: ignore[misc]
+        def __instancecheck__(cls, thing: object) -> bool:
+            return isinstance(thing, real)
+
+    class Later(real, metaclass=Kind):  # type: ignore[misc]
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Any:
+            return real.fromtimestamp(at, tz)
+
+        @classmethod
+        def utcnow(cls) -> Any:
+            return real.fromtimestamp(at, datetime.timezone.utc).replace(tzinfo=None)
+
+        @classmethod
+        def today(cls) -> Any:
+            return real.fromtimestamp(at)
+
+    return Later
+
+
+def found(reference: Reference, case: Case, seen: Observation, *, drew: bool) -> Hazard | None:
+    """Return the hazard of a model whose answer to a case differs from call to call, or None.
+
+    Args:
+        reference: Eager.
+        case: Which inputs.
+        seen: What eager does on them.
+        drew: Whether it moves a global random generator.
+    """
+    random = called_random(seen)
+    where = str(random[0][1]) if random and random[0][1] else ""
+    name = "training-mode" if seen.dropout and not seen.random else "nondeterministic"
+    again = [reference.attempt(reference.usable(), reference.inputs(case)) for _ in range(2)]
+    first = reference.outputs(case)
+    assert first is not None
+    if not all(isinstance(answer, tuple) and reference.same(first, answer) for answer in again):
+        text = "a second call with the same inputs and seed differs"
+        return hazards.found(name, text, case=str(case), where=where)
+
+    inputs = reference.inputs(case)  # before chance is steered: drawing them is a matter of chance, too
+
+    def run(seed: int) -> tuple[Tensor, ...]:
+        return calls.eager(reference.usable(), [tensor.clone() for tensor in inputs], reference.device, seed)
+
+    detail = reaches(run, reference.same, _LIMIT_S) if drew or seen.random or seen.unfilled else None
+    if detail:
+        return hazards.found(name, detail, case=str(case), where=where)
+    if seen.clocks:
+        detail = clock_reaches(run, reference.same, {site.file for _, site in seen.clocks if site})
+    if seen.environment and not detail:
+        detail = environment_reaches(run, reference.same, [name for name, _ in seen.environment], seen.texts)
+    return hazards.found("nondeterministic", detail, case=str(case), where=where) if detail else None
 
 
 def reaches(
@@ -145,14 +229,53 @@ def reaches(
     return None
 
 
-def clock_reaches(run: Callable[[int], Sequence[Tensor]], same: Callable[..., bool]) -> str | None:
-    """Return how the time of day reaches the outputs of a model, or None."""
-    with _later(0):
-        first = run(0)
-    for seconds in (0.37, 1, 61, 3601, 43201, 86400 * 40.5):
-        with _later(seconds):
-            if not same(first, run(0)):
-                return f"outputs differ when the call is made {seconds:g} s later"
+def clock_reaches(
+    run: Callable[[int], Sequence[Tensor]], same: Callable[..., bool], files: Collection[str]
+) -> str | None:
+    """Return how the time of day, or the date, reaches the outputs of a model, or None.
+
+    Args:
+        run: As for `reaches`.
+        same: As for `reaches`.
+        files: Files of the model's code that read it.
+    """
+    with _later(0, files):
+        first = _answer(run)
+    for seconds in _LATER if first is not None else ():
+        with _later(seconds, files):
+            answer = _answer(run)
+        if answer is not None and first is not None and not same(first, answer):
+            return f"outputs differ when the call is made {seconds:g} s later"
+    return None
+
+
+def environment_reaches(
+    run: Callable[[int], Sequence[Tensor]],
+    same: Callable[..., bool],
+    names: Sequence[str],
+    texts: Collection[str],
+) -> str | None:
+    """Return how a variable of the environment reaches the outputs of a model, or None.
+
+    Args:
+        run: As for `reaches`.
+        same: As for `reaches`.
+        names: Variables that forward reads.
+        texts: What the model's code may compare them with.
+    """
+    first = run(0)
+    for name in list(dict.fromkeys(names))[:_VARIABLES]:
+        for value in (None, *_VALUES, *sorted(set(texts) - {*_VALUES, *names})[:_VARIABLES]):
+            if os.environ.get(name) == value:
+                continue
+            with mock.patch.dict(os.environ):
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+                answer = _answer(run)
+            if answer is not None and not same(first, answer):
+                state = "is not set" if value is None else f"is {value!r}"
+                return f"outputs differ when the environment variable {name} {state}"
     return None
 
 
@@ -160,5 +283,5 @@ def _answer(run: Callable[[int], Sequence[Tensor]]) -> Sequence[Tensor] | None:
     """Return the result, or None when the model cannot take the steered numbers, which is an answer, too."""
     try:
         return run(0)
-    except (RuntimeError, ValueError, IndexError, TypeError):
+    except (RuntimeError, ValueError, LookupError, TypeError, OSError, AttributeError):
         return None

@@ -99,6 +99,7 @@ class Evidence:
 
     def _retraced(self, case: Case) -> Graph | None:
         memory.seed_all(calls.SEED)
+        self.reference.forget()
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")

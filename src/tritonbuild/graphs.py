@@ -73,7 +73,11 @@ class Graph:
     """The nodes of a module's forward, submodules and functions inlined, in order."""
 
     def __init__(self, module: torch.jit.ScriptModule) -> None:
-        self.nodes = list(_nodes(module.inlined_graph))
+        try:
+            graph = module.inlined_graph
+        except RuntimeError:  # what cannot be inlined cannot run either: running says why
+            graph = module.graph
+        self.nodes = list(_nodes(graph))
 
     @property
     def operators(self) -> set[str]:

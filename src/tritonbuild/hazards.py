@@ -56,7 +56,7 @@ HAZARDS: dict[str, Meaning] = {
         "create tensors with x.new_zeros, torch.zeros_like or a registered buffer, not with a fixed device",
     ),
     "nondeterministic": Meaning(
-        "the same inputs give different outputs: random numbers, time or uninitialised memory",
+        "the same inputs give different outputs: random numbers, time, an environment variable or uninitialised memory",
         "pass the random numbers in as an input, or accept it: trace: {accept: {nondeterministic: reason}}",
     ),
     "training-mode": Meaning(

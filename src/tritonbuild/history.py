@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 from torch import Tensor, nn
 
-from tritonbuild import hazards
+from tritonbuild import hazards, memory
 from tritonbuild.draws import PLAIN
 
 if TYPE_CHECKING:
@@ -108,12 +108,12 @@ def _ahead(reference: Reference, touched: Sequence[str]) -> str | None:
     return None
 
 
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+def _owner(module: nn.Module, name: str) -> tuple[Any, str] | None:
     path, _, attribute = name.rpartition(".")
     try:
         return module.get_submodule(path), attribute
     except AttributeError:
-        return None
+        return memory.shared(module).get(name)
 
 
 def _value(module: nn.Module, name: str) -> object:

@@ -8,6 +8,7 @@ Source: torch.nn.Module's own storage; the generators of torch, numpy and Python
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from collections import deque
@@ -21,10 +22,13 @@ from torch import Tensor, nn
 from tritonbuild.monitors import first_party
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 _ITEMS = 64
 """Items of one container that are looked at."""
+
+_KEPT_ITEMS = 4096
+"""Items up to which a shared container is put back; a longer one is a table, no cache."""
 
 
 def random_state() -> tuple[object, ...]:
@@ -57,7 +61,6 @@ def state(module: nn.Module) -> dict[str, object]:
         Name -> a value that differs after a change: `counter`, `encoder.mask`, `zoo.text._CACHE`.
     """
     found: dict[str, object] = {}
-    owners: dict[str, object] = {}
     for name, part in module.named_modules():
         label = f"{name}." if name else ""
         for key, value in vars(part).items():
@@ -65,20 +68,112 @@ def state(module: nn.Module) -> dict[str, object]:
                 found.update({f"{label}{inner}": _digest(tensor) for inner, tensor in value.items()})
             elif not key.startswith(("_modules", "_forward", "_backward", "_state_dict", "_load_state")):
                 found[f"{label}{key}"] = _digest(value)
+    for name, (holder, key) in shared(module).items():
+        found[name] = _digest(vars(holder)[key], of_global=True)
+    return found
+
+
+def shared(module: nn.Module) -> dict[str, tuple[Any, str]]:
+    """Return what copies of the module share: attributes of its classes and globals of their files.
+
+    Returns:
+        Name, as in `state` -> who holds it, under which key.
+    """
+    owners: dict[str, Any] = {}
+    for part in module.modules():
         for owner in type(part).__mro__:
             home = sys.modules.get(owner.__module__)
             if first_party(getattr(home, "__file__", None) or "<none>"):
                 owners[owner.__qualname__] = owner
                 owners[owner.__module__] = home
-    for name, holder in owners.items():
-        found.update(
-            {
-                f"{name}.{key}": _digest(value, of_global=True)
-                for key, value in list(vars(holder).items())
-                if not key.startswith("__")
-            }
-        )
-    return found
+    return {
+        f"{name}.{key}": (holder, key)
+        for name, holder in owners.items()
+        for key in list(vars(holder))
+        if not key.startswith("__")
+    }
+
+
+class Shared:
+    """What copies of a module share, as it was: a model that has never run has not filled its class's cache either."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._was = {name: (holder, key, vars(holder)[key]) for name, (holder, key) in shared(module).items()}
+        self._contents = {name: back for name, (*_, value) in self._was.items() if (back := _putting_back(value))}
+
+    def restore(self, names: Iterable[str]) -> None:
+        """Put these names back, as far as they are shared: what they are bound to, and what their containers hold."""
+        now: dict[str, tuple[Any, str]] | None = None
+        for name in names:
+            if name in self._was:
+                holder, key, value = self._was[name]
+                if vars(holder).get(key) is not value:
+                    setattr(holder, key, value)
+                if name in self._contents:
+                    self._contents[name]()
+                continue
+            now = shared(self._module) if now is None else now
+            if name in now:  # it did not exist
+                delattr(*now[name])
+
+
+def _putting_back(value: object, depth: int = 3) -> Callable[[], None] | None:
+    """Return what makes a container hold again what it holds now; None for what holds nothing."""
+    if isinstance(value, Tensor):
+        return _refilled(value)
+    cleared = getattr(value, "cache_clear", None)
+    if callable(cleared) and callable(getattr(value, "cache_info", None)):
+        return cleared  # type: ignore[no-any-return]
+    if not depth:
+        return None
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+        return _together([_putting_back(item, depth - 1) for item in (*(value.__defaults__ or ()), *cells)])
+    if isinstance(value, (list, set, deque, dict)):
+        if len(value) > _KEPT_ITEMS:
+            return None
+        kept = copy.copy(value)
+        items = list(value.values()) if isinstance(value, dict) else list(value)
+        inner = _together([_putting_back(item, depth - 1) for item in items])
+
+        def back() -> None:
+            value.clear()
+            if isinstance(value, (dict, set)):
+                value.update(kept)
+            else:
+                value.extend(kept)
+            if inner:
+                inner()
+
+        return back
+    if not isinstance(value, (type, nn.Module)) and first_party(_file(type(value))):
+        own = getattr(value, "__dict__", None)
+        return _putting_back(own, depth) if isinstance(own, dict) else None
+    return None
+
+
+def _together(parts: list[Callable[[], None] | None]) -> Callable[[], None] | None:
+    real = [part for part in parts if part]
+
+    def back() -> None:
+        for part in real:
+            part()
+
+    return back if real else None
+
+
+def _refilled(value: Tensor) -> Callable[[], None] | None:
+    if value.is_inference() or value.numel() > 2**16:
+        return None
+    kept, version = value.detach().clone(), value._version
+
+    def back() -> None:
+        if value._version != version:
+            with torch.no_grad():
+                value.copy_(kept)
+
+    return back
 
 
 def changed(before: dict[str, object], after: dict[str, object]) -> list[str]:

@@ -9,11 +9,13 @@ Source: torch.overrides (TorchFunctionMode), sys.settrace with opcode events, th
 from __future__ import annotations
 
 import contextlib
+import datetime
 import dis
 import functools
 import os
 import sys
 import sysconfig
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +72,12 @@ _OURS = _inside(Path(__file__).parent)
 _TORCH = tuple(_inside(Path(module.__file__ or "").parent) for module in (torch, numpy))
 _STDLIB = _inside(sysconfig.get_path("stdlib"))
 _SITE = tuple(_inside(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
+
+
+_NOW = frozenset({"now", "utcnow", "today"})
+_READ_VARIABLE = type(os.environ).__getitem__.__code__
+_VARIABLES = frozenset({_READ_VARIABLE.co_filename, Mapping.get.__code__.co_filename})
+"""The files, frozen or not, through which a variable of the environment is read."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -137,7 +145,9 @@ class Observation:
         random: Calls that draw random numbers, name and line.
         dropout: Calls of dropout, name and line.
         unfilled: Calls that return uninitialised memory, name and line.
-        clocks: Calls of the time module, name and line.
+        clocks: Calls that read the time or the date, name and line.
+        environment: Variables of the environment that model code read, name and line.
+        texts: Short texts that the executed model code holds.
         in_place: Lines that changed an input, input's index and line.
         dtype: Coarsest floating dtype of all results.
         depth: Matrix products and convolutions.
@@ -151,6 +161,8 @@ class Observation:
     dropout: list[tuple[str, Site | None]] = field(default_factory=list)
     unfilled: list[tuple[str, Site | None]] = field(default_factory=list)
     clocks: list[tuple[str, Site | None]] = field(default_factory=list)
+    environment: list[tuple[str, Site | None]] = field(default_factory=list)
+    texts: set[str] = field(default_factory=set)
     in_place: list[tuple[int, Site | None]] = field(default_factory=list)
     dtype: torch.dtype | None = None
     depth: int = 0
@@ -164,7 +176,7 @@ class Observation:
 
 def called_random(seen: Observation) -> list[tuple[str, Site | None]]:
     """Return the calls whose results are a matter of chance."""
-    return [*seen.random, *seen.dropout, *seen.unfilled, *seen.clocks]
+    return [*seen.random, *seen.dropout, *seen.unfilled, *seen.clocks, *seen.environment]
 
 
 class _Watch(TorchFunctionMode):
@@ -231,7 +243,7 @@ class _Watch(TorchFunctionMode):
 
 
 class _Steps:
-    """Remembers the instructions of model code that are run, and the calls of the clock."""
+    """Remembers the instructions of model code that are run, what reads the clock, and what reads the environment."""
 
     def __init__(self, seen: Observation) -> None:
         self.seen = seen
@@ -253,6 +265,7 @@ class _Steps:
         for code, names in self.codes.items():
             self.seen.numbers |= _numbers(code.co_consts)
             self.seen.numbers |= _numbers(names[name] for name in code.co_names if name in names)
+            self.seen.texts |= {text for text in code.co_consts if isinstance(text, str) and len(text) <= _SMALL}
 
     def _call(self, frame: FrameType, _event: str, _arg: Any) -> Any:
         if not first_party(frame.f_code.co_filename):
@@ -267,9 +280,22 @@ class _Steps:
             self.seen.steps.append((frame.f_code, frame.f_lasti))
         return self._opcode
 
-    def _profile(self, _frame: FrameType, event: str, arg: Any) -> None:
-        if event == "c_call" and getattr(arg, "__module__", None) == "time":
+    def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
+        if event == "c_call" and _is_clock(arg):
             self.seen.clocks.append((arg.__name__, here()))
+        elif event == "call" and frame.f_code is _READ_VARIABLE:
+            reader = frame.f_back
+            while reader is not None and reader.f_code.co_filename in _VARIABLES:
+                reader = reader.f_back
+            if reader is not None and first_party(reader.f_code.co_filename):
+                self.seen.environment.append((str(frame.f_locals["key"]), here()))
+
+
+def _is_clock(function: Any) -> bool:
+    if getattr(function, "__module__", None) == "time":
+        return True
+    owner = getattr(function, "__self__", None)
+    return isinstance(owner, type) and issubclass(owner, datetime.date) and function.__name__ in _NOW
 
 
 def _numbers(values: Iterable[Any]) -> set[float]:

@@ -25,7 +25,7 @@ from tritonbuild.calls import Answer, Failure
 from tritonbuild.errors import BuildError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from tritonbuild.cases import Case
@@ -51,7 +51,6 @@ _NO_ROWS = frozenset(
 )
 """Hazards after which a row cannot be compared with the row alone."""
 
-_CHANCE_S = 0.3
 _LONG_S = 2.0
 _MUST_S = 60.0
 """Seconds of one call from which a case is left out, unless `budget_s` is as large; of an essential case."""
@@ -100,12 +99,18 @@ class Reference:
         return tuple(tensor.clone() for tensor in self.found[case])
 
     def fresh(self) -> nn.Module:
-        """Return a module that has never run."""
+        """Return a module that has never run, in a process in which none has."""
         pristine = self._pristine
+        self.forget()
         if self._build_s > 0.05:  # building is always right; copying is for entry points that read large weights
             with contextlib.suppress(Exception):
                 return copy.deepcopy(pristine)
         return self.build()
+
+    def forget(self) -> None:
+        """Put back what calls have left outside the module: attributes of classes, globals."""
+        if self.touched:
+            self._shared.restore(self.touched)
 
     @cached_property
     def _pristine(self) -> nn.Module:
@@ -177,6 +182,7 @@ class Reference:
         """
         case = self.planned[0]
         first = self._used
+        self._shared = memory.Shared(first)
         before = memory.state(first)
         memory.seed_all(calls.SEED)
         chance_before = memory.random_state()
@@ -282,7 +288,8 @@ class Reference:
             raise
         except Exception as error:  # noqa: BLE001
             return [hazards.found("eager-fails", calls.failure(error).text, case=str(first))]
-        found = list(self._repeated())
+        repeated = self._repeated()
+        found = [repeated] if repeated else []
         fails = self._sweep()
         late = [] if self.touched else memory.changed(self._state, memory.state(self._used))
         if late:  # only some cases leave something behind: the answers so far may depend on it
@@ -302,39 +309,10 @@ class Reference:
             found.append(hazards.found("unproved", self._unproved))
         return found
 
-    def _repeated(self) -> Iterator[Hazard]:
-        """Yield what differs from call to call."""
-        case = self.planned[0]
-        if self.touched:
-            hazard = history.reaches(self, self.touched)
-            if hazard:
-                yield hazard
-                return
-        again = [self.attempt(self.usable(), self.inputs(case)) for _ in range(2)]
-        steady = all(isinstance(answer, tuple) and self.same(self.example, answer) for answer in again)
-        random = monitors.called_random(self.seen)
-        where = str(random[0][1]) if random and random[0][1] else ""
-        training = "training-mode" if self.seen.dropout and not self.seen.random else "nondeterministic"
-        if not steady:
-            yield hazards.found(
-                training, "a second call with the same inputs and seed differs", case=str(case), where=where
-            )
-            return
-
-        inputs = self.inputs(case)  # before chance is steered: drawing them is a matter of chance, too
-
-        def run(seed: int) -> tuple[Tensor, ...]:
-            return calls.eager(self.usable(), [tensor.clone() for tensor in inputs], self.device, seed)
-
-        if self._drew or self.seen.random or self.seen.unfilled:
-            detail = chance.reaches(run, self.same, _CHANCE_S)
-            if detail:
-                yield hazards.found(training, detail, case=str(case), where=where)
-                return
-        if self.seen.clocks:
-            detail = chance.clock_reaches(run, self.same)
-            if detail:
-                yield hazards.found("nondeterministic", detail, case=str(case), where=where)
+    def _repeated(self) -> Hazard | None:
+        """Return the first way in which outputs differ from call to call."""
+        found = history.reaches(self, self.touched) if self.touched else None
+        return found or chance.found(self, self.planned[0], self.seen, drew=self._drew)
 
     def _sweep(self) -> Hazard | None:
         """Run eager on the planned cases; return the first declared input for which it raises."""

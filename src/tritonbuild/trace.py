@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tritonbuild import archive, cases, proof
-from tritonbuild.candidates import candidates, quiet
+from tritonbuild.candidates import candidates, explained, quiet
 from tritonbuild.entry import Builder, builder
 from tritonbuild.errors import BuildError, ProofError, TraceError
 
@@ -124,8 +124,9 @@ class _Run:
         example = proof.example(self.version, self.device, self.root)
         for description, make in candidates(self.version, self.build, example):
             self._begin(f"making the TorchScript ({description})")
+            self.reference.forget()
             try:
-                archive.write(make(), path)
+                self._write(make(), path)
             except TraceError as error:
                 self._note(str(error))
                 tried.append((description, error))
@@ -145,6 +146,16 @@ class _Run:
             if any(hazard in self.reference.hazards_of_eager for hazard in verdict.hazards):
                 break  # it is the model itself; no other TorchScript of it can pass
         raise self._failure(tried)
+
+    def _write(self, made: torch.jit.ScriptModule, path: Path) -> None:
+        try:
+            archive.write(made, path)
+        except RuntimeError as error:
+            if "Could not export Python function" not in str(error):
+                raise
+            # A torch.autograd.Function, @torch.jit.ignore: they stay Python.
+            what = f"the TorchScript cannot be saved: {explained(error, self.root)}"
+            raise TraceError(self.where, what, "call operators of torch instead, or script the part") from error
 
     def _load(self, path: Path) -> torch.jit.ScriptModule:
         return torch.jit.load(path, map_location=self.device)  # type: ignore[no-untyped-call,no-any-return]

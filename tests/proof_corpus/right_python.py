@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
+import os
 import random
+import time
 
 import torch
 import torch.nn.functional as F
@@ -392,3 +395,22 @@ class ClippedAlike(nn.Module):
         if x.abs().max() > 2:
             return x.clamp(-2, 2)
         return x * 1.0
+
+
+@right(x="float32 batch t 4", t=(8, 1, 40))
+class ClassTableGrown(nn.Module):
+    table = None
+
+    def forward(self, x):
+        cls = type(self)
+        if cls.table is None or cls.table.shape[0] < x.shape[1]:
+            cls.table = torch.arange(x.shape[1])[:, None].float().cos()
+        return x + cls.table[: x.shape[1]]
+
+
+@right(x="float32 batch 8")
+class EnvironmentRead(nn.Module):
+    def forward(self, x):
+        if os.environ.get("DEBUG_OF_THIS_TEST"):
+            print(time.strftime("%H:%M:%S"), datetime.datetime.now(), x.shape)  # noqa: DTZ005
+        return x * 2
