@@ -113,6 +113,16 @@ def test_models_are_loaded_side_by_side_each_once_and_only_those_that_are_asked(
     assert loaded(made) == ["a"]
 
 
+@pytest.mark.parametrize("kind", ["process", "thread"])
+def test_smoke_tests_side_by_side(kind: str, project: Callable[[dict[str, str]], Project]) -> None:
+    made = project({"pipeline.yaml": MANY, "nets.py": NETS})
+    ran = made.doit("-n", "2", "-P", kind)
+    assert ran.code == 0, ran.out
+    assert ran.out.endswith("   11 done, 0 up to date\n")
+    verdicts = {name: json.loads((made.root / f".build/smoke/{name}/1.json").read_text())["verdict"] for name in "abc"}
+    assert verdicts == {"a": "passed", "b": "passed", "c": "passed"}
+
+
 def test_a_model_that_does_not_load_fails_its_own_test_alone(project: Callable[[dict[str, str]], Project]) -> None:
     """Also where it was to be loaded with the one before it. Its warm-up asks for a row that is not there."""
     table = MANY.replace("nets:B", "nets:Table").replace(

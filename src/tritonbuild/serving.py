@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import time
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -144,6 +145,8 @@ class ServerChoice:
         self.task_dep: list[str] = ["image"] if self.kind == "docker" else []
         # Equal on every machine: a verdict about the same bytes counts there too. An image or a URL may be anything.
         self.is_known = self.kind == "embedded"
+        self.lock = threading.Lock()
+        """Held by a smoke test: with `doit -n 2 -P thread`, two of them have one server."""
         self._running: Any = None
         self._expected: dict[str, list[tuple[str, keys.UpToDate]]] = {}
         self._asked: set[str] = set()
@@ -189,8 +192,9 @@ class ServerChoice:
         in a process of its own, which takes longer than the smoke test. What does not load, its own test tells.
         """
         running = self.get()
-        alone = self.kind != "embedded" or not Reporter.everything or multiprocessing.parent_process() is not None
-        if model not in self._asked and not alone:
+        # Of `doit -n`, neither a process nor a thread knows what the others do next.
+        one_of_many = multiprocessing.parent_process() or threading.current_thread() is not threading.main_thread()
+        if self.kind == "embedded" and Reporter.everything and not one_of_many and model not in self._asked:
             names = list(self._expected)
             following = names[names.index(model) + 1 :]
             wave = [model, *itertools.takewhile(self._is_due, following[: len(os.sched_getaffinity(0)) - 1])]
@@ -227,14 +231,15 @@ def smoke(
             put(out / "smoke.json", target)
             return known
         started = time.perf_counter()
-        smoke.run(
-            server.ready(version.model),
-            version.model,
-            version.version,
-            cases=root / traced(version).cases,
-            config=root / f"models/{version.model}/config.pbtxt",
-            out=target,
-        )
+        with server.lock:
+            smoke.run(
+                server.ready(version.model),
+                version.model,
+                version.version,
+                cases=root / traced(version).cases,
+                config=root / f"models/{version.model}/config.pbtxt",
+                out=target,
+            )
         if server.is_known:
             shutil.copyfile(target, out / "smoke.json")
             key = keys.action_key(check.parts())
