@@ -323,6 +323,28 @@ def test_first_party_modules_are_recorded_wherever_they_lie(project: Callable[..
         assert made.doit("trace").up_to_date == ["trace:m/1"], path
 
 
+def test_modules_beside_the_project_count_by_content(project: Callable[..., Project]) -> None:
+    """Those of a package that is installed to be edited, or of a folder on PYTHONPATH; others find the result, too."""
+    yaml = (
+        'triton: "26.07"\ndevice: cpu\nstore: ../shared\nmodels:\n  m:\n    entry_point: common.nets:net\n'
+        "    inputs:\n      x: {dtype: float32, shape: [4]}\n    trace: {cases: 2, budget_s: 1}\n"
+    )
+    net = "import torch\nfrom common.sizes import SIZE\ndef net():\n    return torch.nn.Linear(4, SIZE)\n"
+    made = project({"pipeline.yaml": yaml, "../lib/common/nets.py": net, "../lib/common/sizes.py": "SIZE = 3\n"})
+    path = os.pathsep.join([str(made.root.parent / "lib"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    assert made.doit("trace", PYTHONPATH=path).tasks == ["trace:m/1"]
+    assert made.doit("trace", PYTHONPATH=path).up_to_date == ["trace:m/1"]
+    made.write({"../lib/common/sizes.py": "SIZE = 5\n"})
+    why = made.doit("why", "trace:m/1", PYTHONPATH=path).out
+    assert why.endswith(" s\n    ../lib/common/sizes.py: the statements outside of functions\n"), why
+    assert made.doit("trace", PYTHONPATH=path).tasks == ["trace:m/1"]
+    assert made.doit("trace", PYTHONPATH=path).up_to_date == ["trace:m/1"]
+
+    clone = project({"../clone/pipeline.yaml": yaml, "../clone/dodo.py": "from tritonbuild.graph import *\n"})
+    clone = type(clone)(made.root.parent / "clone")
+    assert "   trace m/1: from the shared store, made in " in clone.doit("trace", PYTHONPATH=path).out
+
+
 # --------------------------------------------------------------------------------------------------------- outlines
 
 

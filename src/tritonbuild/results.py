@@ -112,9 +112,15 @@ def _reads(data: dict[str, Any]) -> Reads | None:
     files, distributions = data.get("files"), data.get("distributions")
     if not _is_list_of_texts(files) or not _is_list_of_texts(distributions):
         return None
-    if any(name.startswith("/") or ".." in name.split("/") for name in files):
+    if not all(map(_is_source, files)):
         return None
     return reads(files, distributions)
+
+
+def _is_source(name: str) -> bool:
+    """Return whether a result may depend on this path: one in the project, or the source of a module beside it."""
+    within = re.sub(r"^(\.\./)+", "", name) if name.endswith(".py") else name
+    return not within.startswith("/") and ".." not in within.split("/")
 
 
 def reads(files: Sequence[str], distributions: Sequence[str]) -> Reads:

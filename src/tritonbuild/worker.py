@@ -299,9 +299,9 @@ def _found(version: ModelVersion, root: Path, opened: dict[str, keys.Stamp | Non
     first_party = {}
     for name in _imported():
         file = getattr(sys.modules.get(name), "__file__", None)
-        inside = _inside(file, root, own) if file and os.path.isfile(file) else None
-        if inside:
-            first_party[name] = inside
+        source = (_inside(file, root, own) or _beside(file, root, own)) if file and os.path.isfile(file) else None
+        if source:
+            first_party[name] = source
     stamps = {}
     for name, stamp in opened.items():
         inside = _inside(name, root, own)
@@ -329,6 +329,19 @@ def _inside(name: str | None, root: Path, own: Path) -> str | None:
     parts = inside.split("/")
     generated = parts[0] in _GENERATED or not _NOT_SOURCES.isdisjoint(parts)
     return None if generated or os.path.isdir(path) or Path(path).resolve().is_relative_to(own) else inside
+
+
+def _beside(file: str, root: Path, own: Path) -> str | None:
+    """Return the path, from root, of a module that is neither in the project nor installed, else None.
+
+    A package that is installed to be edited, or a folder on PYTHONPATH: its version says nothing about its content.
+    """
+    path = os.path.realpath(file)
+    if _INSTALLED.search(file) or _INSTALLED.search(path) or not path.endswith(".py"):
+        return None
+    if _below(path, root) or Path(path).is_relative_to(own):
+        return None
+    return os.path.relpath(path, root.resolve())
 
 
 def _below(path: str, root: Path) -> str | None:
