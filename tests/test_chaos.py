@@ -134,7 +134,7 @@ class Chaos:
         if process.poll() is None:
             self.kills += 1
             (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=120)
         self.look()
         started = [line[3:].strip() for line in out.splitlines() if re.match(r"(\.  |-- )\w", line)]
         assert "Traceback" not in out

@@ -85,7 +85,7 @@ def guards(folder: Path) -> list[list[str]]:
     return [line for _, line in processes(folder) if "tritonbuild-guard" in line]
 
 
-def eventually(true: Callable[[], bool], within_s: float = 10) -> bool:
+def eventually(true: Callable[[], bool], within_s: float = 30) -> bool:
     """Wait until something is true."""
     deadline = time.monotonic() + within_s
     while not true() and time.monotonic() < deadline:

@@ -84,9 +84,9 @@ def test_no_child_outlives_a_doit_that_is_stopped_while_tracing(
         os.killpg(process.pid, signal.SIGINT)
     else:
         process.send_signal(signal.SIGKILL if how == "SIGKILL" else signal.SIGTERM)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=60)
 
-    wait_for(lambda: not living(mark), "every process to end", 20)
+    wait_for(lambda: not living(mark), "every process to end", 60)
     assert process.returncode != 0
     assert "Traceback" not in out
     assert not (made.root / "models/slow").exists()
