@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import TYPE_CHECKING
 
@@ -96,6 +97,41 @@ def test_a_submodule_is_scripted_wherever_the_model_holds_it(project: Project) -
 @pytest.mark.parametrize(("method", "names"), [("trace", ["trace"]), ("script", ["script"])])
 def test_a_declared_method_is_the_only_one(method: str, names: list[str], project: Project) -> None:
     assert list(tried(project.declare(BRANCH, trace={"method": method}))) == names
+
+
+def test_a_function_with_its_own_gradient_is_traced_through(project: Project) -> None:
+    declared = project.declare(
+        """
+        class Swish(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                ctx.save_for_backward(x)
+                assert ctx.needs_input_grad == (False,)
+                return x * torch.sigmoid(x)
+
+        class Scale(torch.autograd.Function):
+            @staticmethod
+            def forward(x, by):
+                return x * by
+
+            @staticmethod
+            def setup_context(ctx, inputs, output):
+                ctx.by = inputs[1]
+
+        swish = Swish.apply
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.act = Swish.apply
+
+            def forward(self, x: Tensor):
+                return Swish.apply(x), Scale.apply(x, 3.0), swish(x), self.act(x)
+        """
+    )
+    assert is_eager(declared, tried(declared)["trace"], POSITIVE, NEGATIVE) == [True, True]
+    module = sys.modules[declared.module]
+    assert module.swish.__self__ is module.Swish
 
 
 def test_members_of_a_module_list_are_scripted_one_by_one(project: Project) -> None:

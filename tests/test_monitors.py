@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sys
+import threading
 import time
 from collections import deque
 from datetime import date, datetime
@@ -16,6 +18,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from tritonbuild import cases, chance, memory, monitors
 from tritonbuild.monitors import first_party, fork, observe
@@ -237,6 +240,29 @@ def test_what_a_call_leaves_behind_is_found(change: Any, name: str) -> None:
     assert name in memory.changed(before, memory.state(module))
 
 
+def test_a_copy_is_in_the_mode_of_its_model() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9))
+    module = nn.Sequential(create_feature_extractor(net, ["1"])).eval()
+    made = memory.copied(module)
+    assert made is not None
+    assert not any(part.training for part in made.modules())
+    x = torch.ones(1, 2)
+    assert torch.equal(made(x)["1"], module(x)["1"])
+    module[0].train()
+    again = memory.copied(module)
+    assert again is not None
+    assert [part.training for part in again.modules()] == [part.training for part in module.modules()]
+
+
+def test_what_a_copy_would_share_is_not_copied() -> None:
+    hooked, closed, locked = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    seen: list[torch.Tensor] = []
+    hooked.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    closed.scale = lambda x: x * len(seen)  # type: ignore[assignment]
+    locked.lock = threading.Lock()  # type: ignore[assignment]
+    assert [memory.copied(nn.Sequential(module)) for module in (hooked, closed, locked)] == [None, None, None]
+
+
 def test_the_state_of_every_global_generator_is_told() -> None:
     for draw in (lambda: torch.rand(1), random.random, lambda: numpy.random.rand()):
         memory.seed_all(3)
@@ -253,9 +279,10 @@ def test_the_state_of_every_global_generator_is_told() -> None:
 def reached(forward: Any) -> str | None:
     x = torch.arange(8.0)
 
-    def run(seed: int) -> tuple[torch.Tensor, ...]:
+    def run(seed: int, around: Any = None) -> tuple[torch.Tensor, ...]:
         memory.seed_all(seed)
-        return (forward(x),)
+        with around or contextlib.nullcontext():
+            return (forward(x),)
 
     return chance.reaches(run, lambda a, b: torch.equal(a[0], b[0]), limit_s=1.0)
 
@@ -270,6 +297,10 @@ def reached(forward: Any) -> str | None:
         lambda x: x + (torch.randint(0, 10**9, ()) == 10**9 - 1),
         lambda x: x + (torch.randn(()) > 4.5),
         lambda x: x + (torch.empty(()).uniform_(2, 3) < 2.00001),
+        lambda x: x + (torch.empty(()).uniform_(to=3, **{"from": 2}) < 2.00001),
+        lambda x: x + (torch.normal(x, 1.0) > x + 4.9),
+        lambda x: x * torch.bernoulli(torch.full((8,), 1e-9)),
+        lambda x: x + torch.empty(()).bernoulli_(1e-9),
         lambda x: nn.functional.dropout(x, 1e-9),
         lambda x: x[torch.randperm(8)],
     ],
@@ -287,6 +318,11 @@ def test_chance_that_reaches_the_output_is_found_however_rare(forward: Any) -> N
         lambda x: nn.functional.dropout(x, 0.5, training=False),
         lambda x: torch.empty(8).copy_(x),
         lambda x: x[torch.randperm(8)].sort().values,
+        lambda x: x * torch.bernoulli(torch.ones(8)) + torch.empty(8).bernoulli_(0.0),
+        lambda x: torch.normal(x, torch.zeros(8)) + torch.normal(x, 0.0) + torch.normal(0.0, torch.zeros(8)),
+        lambda x: x if torch.rand((), dtype=torch.float16) < 1 else x * 2,
+        lambda x: nn.init.normal_(torch.empty(8), mean=2.0, std=0.0) + x,
+        lambda x: x if nn.init.uniform_(nn.Parameter(x), 1, 2).min() >= 1 else x * 2,
     ],
 )
 def test_chance_that_does_not_reach_the_output_is_no_hazard(forward: Any) -> None:

@@ -10,15 +10,19 @@ Source: torch/jit/_trace.py and _script.py; DESIGN's measurement of what scripti
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import re
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from types import BuiltinMethodType, MethodType
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from unittest import mock
 
 import torch
 from torch import nn
+from torch.autograd.function import Function, FunctionCtx
 from torch.jit._trace import TracerWarning as JitWarning
 
 from tritonbuild.entry import Builder, is_user_code, last_line, seeded, shown_path
@@ -28,7 +32,7 @@ from tritonbuild.yamlfile import closest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from types import FrameType
+    from types import FrameType, ModuleType
 
     from torch import Tensor
 
@@ -108,7 +112,7 @@ class Attempt:
                     raise TraceError(where, what, "script another submodule, or change its forward") from error
             example = tuple(tensor.clone() for tensor in self._example)
             try:
-                with _collected(self.warnings, model.module):
+                with _collected(self.warnings, model.module), _inlined(model.module):
                     made = _trace(model, example)
             except BuildError:
                 raise
@@ -228,6 +232,38 @@ def _marked_line(text: str, root: Path) -> str:
     called = (place for place in _CALLED.finditer(text) if is_user_code(place[1]))
     place = _PLACE.search(text) or next(called, None)
     return f"{shown_path(place[1], root)}:{place[2]}" if place else ""
+
+
+@contextlib.contextmanager
+def _inlined(model: nn.Module) -> Iterator[None]:
+    """Let a torch.autograd.Function run its forward as plain code: the tracer would record a call of Python.
+
+    Such a call cannot be saved. Nothing differentiates what is served, so forward is all that there is to it.
+    """
+
+    def apply(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if function.setup_context is not Function.setup_context:
+            return function.forward(*args, **kwargs)
+        context: Any = FunctionCtx()
+        context.needs_input_grad = (False,) * len(args)
+        return function.forward(context, *args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Function, "apply", classmethod(apply)))
+        # `swish = Swish.apply`, in a module or in an attribute, holds the method itself.
+        for held in [vars(part) for part in model.modules()] + [vars(module) for module in _homes(model)]:
+            for key, value in list(held.items()):
+                method = isinstance(value, (BuiltinMethodType, MethodType))
+                if method and isinstance(value.__self__, type) and issubclass(value.__self__, Function):
+                    held[key] = functools.partial(apply, value.__self__)
+                    stack.callback(held.__setitem__, key, value)
+        yield
+
+
+def _homes(model: nn.Module) -> list[ModuleType]:
+    """Return the modules that hold the code of a model's parts."""
+    names = {base.__module__ for kind in {type(part) for part in model.modules()} for base in kind.__mro__}
+    return [sys.modules[name] for name in sorted(names) if name in sys.modules]
 
 
 @contextlib.contextmanager

@@ -37,14 +37,11 @@ if TYPE_CHECKING:
     from tritonbuild.reference import Reference
 
 _ALMOST_ONE = 1 - 2.0**-24
-_ENDS = {
-    "rand": (0.0, _ALMOST_ONE),
-    "rand_like": (0.0, _ALMOST_ONE),
-    "randn": (-5.0, 5.0),
-    "randn_like": (-5.0, 5.0),
-    "bernoulli": (0.0, 1.0),
-    "bernoulli_": (0.0, 1.0),
-}
+_UNIFORM = frozenset({"rand", "rand_like", "uniform_"})
+_NORMAL = frozenset({"randn", "randn_like", "normal", "normal_"})
+_PARAMETERS = (("from", "to"), ("a", "b"), ("mean", "std"))
+"""What the two parameters of a distribution are called: by Tensor.uniform_, by torch.nn.init, by normal."""
+
 _SEEDS = 24
 _LIMIT_S = 0.3
 _CLOCKS = ("time", "monotonic", "perf_counter", "process_time")
@@ -67,15 +64,14 @@ class _Steered(TorchFunctionMode):
         if self.end is None or not isinstance(result, Tensor):
             return result
         name = getattr(func, "__name__", "")
-        ends = _ENDS.get(name)
-        if name in ("uniform_", "normal_", "normal"):
-            result = _spread(result, args[1:] if name.endswith("_") else args, name, self.end)
+        if name in _UNIFORM or name in _NORMAL:
+            result = _spread(result, name, args, kwargs or {}, self.end)
+        elif name in ("bernoulli", "bernoulli_"):
+            result = _tossed(result, name, args, kwargs or {}, self.end)
         elif name == "randint":
             numbers = [arg for arg in args if isinstance(arg, int)]
             if numbers:
                 result.fill_(numbers[-1] - 1 if self.end else (numbers[0] if len(numbers) > 1 else 0))
-        elif ends:
-            result.fill_(ends[self.end])
         elif name in UNFILLED:
             result.fill_(0 if not self.end else math.nan if result.is_floating_point() else 1)
         elif name in DROPOUT and _drops(args, kwargs or {}):
@@ -90,12 +86,31 @@ def _drops(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     return bool(probability) and bool(training)
 
 
-def _spread(result: Tensor, args: Sequence[Any], name: str, end: int) -> Tensor:
-    low, high = (0.0, 1.0) if name == "uniform_" else (-5.0, 5.0)
-    numbers = [float(arg) for arg in args if isinstance(arg, (int, float))]
-    if len(numbers) == 2:
-        low, high = numbers if name == "uniform_" else (numbers[0] - 5 * numbers[1], numbers[0] + 5 * numbers[1])
-    return result.fill_(high if end else low)
+def _spread(result: Tensor, name: str, args: Sequence[Any], kwargs: dict[str, Any], end: int) -> Tensor:
+    """Fill a uniform or normal draw with its lowest or highest value; sizes are no parameters of a distribution."""
+    given: list[Any] = []
+    if name in ("normal", "normal_", "uniform_"):
+        given = [arg for arg in args[name.endswith("_") :][:2] if isinstance(arg, (int, float, Tensor))]
+        given += [kwargs[key] for names in _PARAMETERS for key in names if key in kwargs]
+    first, second = given + [0.0, 1.0][len(given) :]
+    if name in _NORMAL:
+        value = first + (5.0 if end else -5.0) * second
+    else:
+        # The largest number below 1 that the dtype has.
+        value = first + (second - first) * (1 - torch.finfo(result.dtype).eps / 2) if end else first
+    return _filled(result, value)
+
+
+def _tossed(result: Tensor, name: str, args: Sequence[Any], kwargs: dict[str, Any], end: int) -> Tensor:
+    """Fill a draw of zeros and ones with the rarer of what its probabilities allow: never with the impossible."""
+    probability = kwargs.get("p", args[1] if len(args) > 1 else args[0] if name == "bernoulli" else 0.5)
+    probability = torch.as_tensor(probability, device=result.device)
+    return _filled(result, (probability > 0 if end else probability >= 1).to(result.dtype))
+
+
+def _filled(result: Tensor, value: Any) -> Tensor:
+    with torch.no_grad():  # a parameter may be drawn: nn.init draws in place
+        return result.copy_(torch.as_tensor(value, device=result.device).expand_as(result))
 
 
 @contextlib.contextmanager
@@ -187,8 +202,10 @@ def found(reference: Reference, case: Case, seen: Observation, *, drew: bool) ->
 
     inputs = reference.inputs(case)  # before chance is steered: drawing them is a matter of chance, too
 
-    def run(seed: int) -> tuple[Tensor, ...]:
-        return calls.eager(reference.usable(), [tensor.clone() for tensor in inputs], reference.device, seed)
+    def run(seed: int, around: contextlib.AbstractContextManager[None] | None = None) -> tuple[Tensor, ...]:
+        module = reference.usable()
+        with around or contextlib.nullcontext():
+            return calls.eager(module, [tensor.clone() for tensor in inputs], reference.device, seed)
 
     detail = reaches(run, reference.same, _LIMIT_S) if drew or seen.random or seen.unfilled else None
     if detail:
@@ -201,14 +218,15 @@ def found(reference: Reference, case: Case, seen: Observation, *, drew: bool) ->
 
 
 def reaches(
-    run: Callable[[int], Sequence[Tensor]],
+    run: Callable[..., Sequence[Tensor]],
     same: Callable[[Sequence[Tensor], Sequence[Tensor]], bool],
     limit_s: float,
 ) -> str | None:
     """Return how chance reaches the outputs of a model, or None.
 
     Args:
-        run: Runs a fresh eager copy on a fixed case after seeding every global generator with the number given.
+        run: Runs a fresh eager copy on a fixed case after seeding every global generator with the number given, and
+            within the context given: what builds the copy draws its weights, which is no chance.
         same: Whether two results are equal but for rounding.
         limit_s: Seconds after which no further seed is tried.
     """
@@ -219,11 +237,9 @@ def reaches(
             return f"outputs differ between seed 0 and seed {seed} of the global random generators"
         if time.perf_counter() - started > limit_s and seed >= 4:
             break
-    with _steered(None):  # a watched call may take another path through torch: compare with one of its kind
-        plain = _answer(run)
+    plain = _answer(run, _steered(None))  # a watched call may take another path: compare with one of its kind
     for end, text in ((0, "lowest"), (1, "highest")) if plain is not None else ():
-        with _steered(end):
-            answer = _answer(run)
+        answer = _answer(run, _steered(end))
         if answer is None or (plain is not None and not same(plain, answer)):
             return f"outputs differ when the random numbers drawn in forward take their {text} values"
     return None
@@ -279,9 +295,11 @@ def environment_reaches(
     return None
 
 
-def _answer(run: Callable[[int], Sequence[Tensor]]) -> Sequence[Tensor] | None:
+def _answer(
+    run: Callable[..., Sequence[Tensor]], around: contextlib.AbstractContextManager[None] | None = None
+) -> Sequence[Tensor] | None:
     """Return the result, or None when the model cannot take the steered numbers, which is an answer, too."""
     try:
-        return run(0)
+        return run(0, around)
     except (RuntimeError, ValueError, LookupError, TypeError, OSError, AttributeError):
         return None

@@ -220,6 +220,30 @@ def _first(values: Iterable[object], depth: int) -> tuple[object, ...]:
     return tuple(_digest(value, depth - 1) for _, value in zip(range(_ITEMS), values, strict=False))
 
 
+def copied(module: nn.Module) -> nn.Module | None:
+    """Return a deep copy of a module, or None where a copy may not be what the module is."""
+    if _entangled(module):
+        return None
+    try:
+        made = copy.deepcopy(module)
+    except Exception:  # noqa: BLE001 (locks, open files: whatever the attributes raise)
+        return None
+    modes = {name: part.training for name, part in module.named_modules()}
+    for name, part in made.named_modules():
+        part.training = modes.get(name, False)  # torch.fx copies its modules into training mode
+    return made
+
+
+def _entangled(module: nn.Module) -> bool:
+    """Return whether a function holds on to the module, in a hook or an attribute: copies would share it."""
+    for part in module.modules():
+        kept = [value for name, value in vars(part).items() if name not in ("_modules", "_parameters", "_buffers")]
+        kept += [hook for value in kept if isinstance(value, dict) for hook in value.values()]
+        if any(isinstance(value, FunctionType) and value.__closure__ for value in kept):
+            return True
+    return False
+
+
 def _filled(cell: Any) -> bool:
     try:
         return cell.cell_contents is not cell

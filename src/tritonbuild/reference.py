@@ -10,8 +10,6 @@ Source: docs/hazards.md, "What is run".
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import math
 import time
 from functools import cached_property
@@ -78,6 +76,7 @@ class Reference:
         self.source = draws.Source(version, root)
         self.planned = cases.plan(version)
         self.notes: list[str] = []
+        self.sensitive: set[str] = set()
         self.cuts: list[str] = []
         self._unproved = ""
         self.found: dict[Case, tuple[Tensor, ...]] = {}
@@ -102,10 +101,9 @@ class Reference:
         """Return a module that has never run, in a process in which none has."""
         pristine = self._pristine
         self.forget()
-        if self._build_s > 0.05:  # building is always right; copying is for entry points that read large weights
-            with contextlib.suppress(Exception):
-                return copy.deepcopy(pristine)
-        return self.build()
+        # Building is always right; copying is for entry points that read large weights.
+        copied = memory.copied(pristine) if self._build_s > 0.05 else None
+        return self.build() if copied is None else copied
 
     def forget(self) -> None:
         """Put back what calls have left outside the module: attributes of classes, globals."""

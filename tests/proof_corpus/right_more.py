@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from corpus import right
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 SEQ = {"x": "float32 batch t 16", "t": (5, 1, 40)}
 
@@ -892,3 +893,97 @@ class ScaleFromSizeChecked(nn.Module):
         assert x.abs().max() < 1e6
         q = self.q(x)
         return (q @ q.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1) @ x
+
+
+@right(x="float32 batch 8")
+class ImpossibleDraws(nn.Module):
+    """What a generator cannot return must not be tried."""
+
+    def forward(self, x):
+        keep = torch.bernoulli(torch.ones(x.shape[0], 1))
+        row = torch.multinomial(torch.eye(8)[:1].expand(x.shape[0], -1), 1)
+        return x * keep + row + torch.normal(torch.zeros_like(x), torch.zeros_like(x)), x * (torch.rand(()) < 1)
+
+
+@right(x="float32 batch 8")
+class CountsAndDraws(nn.Module):
+    """Every call is made on a fresh model: what its weights are drawn from is no chance in forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+        self.f = nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4))
+
+    def forward(self, x):
+        self.calls += 1
+        torch.rand(3)
+        return self.f(x)
+
+
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return grad * s * (1 + x * (1 - s))
+
+
+@right(x="float32 batch 8")
+class OwnGradient(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return Swish.apply(self.f(x))
+
+
+@right(ids="int64 batch t in 0 50", t=(12, 1, 40), delicate=True)
+class CancellingIds(nn.Module):
+    """Rounding is amplified, and no float goes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.e = nn.Embedding(51, 16)
+        self.a = nn.Linear(16, 64)
+        self.b = nn.Linear(64, 1)
+        self.a.weight.data *= 1000
+
+    def forward(self, ids):
+        h = self.a(self.e(ids).mean(1))
+        return self.b(h) - self.b(h + 1e-3)
+
+
+@right(image="float32 batch 3 16 16 in -1 1")
+class GraphFeatures(nn.Module):
+    """Dear to build, so that it is copied; torchvision's graph modules are copied into training mode."""
+
+    def __init__(self):
+        super().__init__()
+        time.sleep(0.06)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.f = create_feature_extractor(net, {"1": "norm"})
+
+    def forward(self, image):
+        return self.f(image)["norm"].mean((2, 3))
+
+
+@right(x="float32 batch 8")
+class HookedFeatures(nn.Module):
+    """Dear to build; a copy would share what its hook remembers."""
+
+    def __init__(self):
+        super().__init__()
+        time.sleep(0.06)
+        self.f = nn.Linear(8, 4)
+        self.kept = {}
+        self.f.register_forward_hook(lambda module, inputs, output: self.kept.update(f=output))
+
+    def forward(self, x):
+        self.f(x)
+        return self.kept["f"] * 2
