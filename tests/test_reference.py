@@ -127,6 +127,39 @@ def test_an_accepted_hazard_passes_and_stays_visible(tmp_path: Path) -> None:
         assert file.metadata()["compare"] == "shapes"
 
 
+class Mixed(Linear):
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.linear(x)
+        return y - y.mean(0)
+
+
+class Cancelling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 64), nn.Linear(64, 1)
+        self.a.weight.data *= 1000
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.a(x)
+        return x, self.b(y) - self.b(y + 1e-3)
+
+
+def test_what_the_smoke_test_may_compare_is_kept_with_the_cases(tmp_path: Path) -> None:
+    kept = {}
+    for model, accept in ((Linear, {}), (Mixed, {"rows-mixed": "offline"}), (Cancelling, {})):
+        proved = Proved(model, version(accept=accept), tmp_path)
+        assert proved.verdict.passed
+        cases.save(proved.reference, tmp_path / "c.safetensors")
+        with safe_open(tmp_path / "c.safetensors", "pt") as file:
+            kept[model.__name__] = [file.metadata()[key] for key in ("compare", "rows", "sensitive")]
+    assert kept == {
+        "Linear": ["values", "apart", "[]"],
+        "Mixed": ["values", "mixed", "[]"],
+        "Cancelling": ["values", "apart", '["OUTPUT__1"]'],
+    }
+    assert "output OUTPUT__1 is sensitive to rounding" in proved.verdict.notes
+
+
 def test_what_is_not_accepted_still_fails(tmp_path: Path) -> None:
     proved = Proved(NoisyBranch, version(accept={"nondeterministic": "sampling is wanted"}), tmp_path)
     assert proved.names == ["branch-on-shape"]

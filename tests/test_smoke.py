@@ -39,6 +39,11 @@ class Divides(nn.Module):
         return x / 0, n * 2
 
 
+class Doubles(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
 class Random(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.rand_like(x)
@@ -67,6 +72,11 @@ CONFIGS = {
         output { name: "y" data_type: TYPE_FP32 dims: [ -1, 2 ] }
         output { name: "m" data_type: TYPE_INT64 dims: [ 2 ] }
         """,
+    "stats": """
+        max_batch_size: 2
+        input { name: "x" data_type: TYPE_FP32 dims: [ 3 ] }
+        output { name: "y" data_type: TYPE_FP32 dims: [ 3 ] }
+        """,
     "random": """
         max_batch_size: 2
         input { name: "x" data_type: TYPE_FP32 dims: [ 3 ] }
@@ -78,8 +88,9 @@ NAMES = {
     "mixes": (["x"], ["y"]),
     "divides": (["x", "n"], ["y", "m"]),
     "random": (["x"], ["y"]),
+    "stats": (["x"], ["y"]),
 }
-MODULES = {"squares": Squares(), "mixes": Mixes(), "divides": Divides(), "random": Random()}
+MODULES = {"squares": Squares(), "mixes": Mixes(), "divides": Divides(), "random": Random(), "stats": Doubles()}
 ID = "[request id: <id_unknown>]"
 
 
@@ -274,6 +285,16 @@ def test_rows_that_may_mix_by_declaration_are_not_mixed(run: Any) -> None:
     assert run("mixes", metadata={"rows": "mixed"})["mixed"] is None
 
 
+def test_an_output_that_amplifies_rounding_is_not_compared_where_rows_are_mixed(run: Any) -> None:
+    assert run("mixes", metadata={"sensitive": '["y"]'})["mixed"]["requests"] == 3
+    with pytest.raises(SmokeError, match=r": output y: found shape \[1, 3\], expected \[1, 4\]\n"):
+        run("mixes", metadata={"sensitive": '["y"]'}, _0_output_y=torch.zeros(1, 4))
+
+
+def test_a_model_may_have_the_name_of_a_path_of_the_server(run: Any) -> None:
+    assert run("stats")["verdict"] == "passed"
+
+
 def test_a_model_of_chance_is_compared_by_shape(run: Any) -> None:
     with pytest.raises(SmokeError):
         run("random", metadata={"compare": "values"})
@@ -351,7 +372,7 @@ def test_a_model_that_is_not_served(run: Any, running: server.Server, tmp_path: 
 
     assert str(caught.value) == (
         f"load other: the server at {running.url} does not serve this model; its models are: "
-        "divides, mixes, random, squares"
+        "divides, mixes, random, squares, stats"
     )
     assert written(tmp_path)["verdict"] == "failed"
 
@@ -361,10 +382,11 @@ def test_a_server_that_ends_meanwhile(models: Path, run: Any, tmp_path: Path) ->
     with server.embedded(models, tmp_path / "build") as gone:
         gone.load("divides")
         config = gone.get("/v2/models/divides/versions/1/config"), gone.get("/v2/models/divides/versions/1")
-        stats, model = gone.get("/v2/models/divides/versions/1/stats"), gone.get("/v2/models/divides")
+        stats = gone.get("/v2/models/divides/versions/1/stats")
 
-    answers = {"config": config[0], "1": config[1], "stats": stats, "divides": model}
+    answers = {"config": config[0], "1": config[1], "stats": stats}
     gone.load = lambda *models: None  # type: ignore[method-assign]
+    gone.versions = lambda model: ["1"]  # type: ignore[method-assign]
     gone.get = lambda path: answers[path.rsplit("/", 1)[1]]  # type: ignore[method-assign]
     with pytest.raises(SmokeError) as caught:
         run("divides", on=gone)

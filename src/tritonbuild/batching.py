@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tritonbuild import cases, compare, hazards
 from tritonbuild.draws import PLAIN
@@ -138,7 +138,7 @@ def _compared(
         if difference.kind == "values":
             moved = moved or sensitivity(reference, [x[row : row + 1].contiguous() for x in reference.inputs(case)])
             if moved and compare.mean_error(expected, got) <= moved[i]:
-                reference.note(f"output {name} is sensitive to rounding")
+                reference.sensitive.add(name)
                 continue
         return hazards.found(
             "rows-mixed",
@@ -151,23 +151,32 @@ def _compared(
 def sensitivity(reference: Reference, inputs: Sequence[Tensor]) -> list[float] | None:
     """Return the mean error of each output that rounding explains; None if that cannot be found out.
 
-    It is measured: the float inputs are moved in their last bits. The mean tells a model that amplifies rounding, all
-    of whose elements move, from one that has a few elements on a threshold.
+    It is measured: the float inputs, or the weights where there are none, are moved in their last bits. The mean tells
+    a model that amplifies rounding, all of whose elements move, from one that has a few elements on a threshold.
     """
     plain = reference.attempt(reference.usable(), inputs)
-    if not isinstance(plain, tuple) or not any(tensor.is_floating_point() for tensor in inputs):
+    if not isinstance(plain, tuple):
         return None
+    floats = any(tensor.is_floating_point() for tensor in inputs)
     largest = [0.0] * len(plain)
-    for seed in (1, 2, 3):
+    for seed in range(3 if reference.dear else 8):
         generator = torch.Generator().manual_seed(seed)
         nudged = [_nudged(tensor, generator) if tensor.is_floating_point() else tensor for tensor in inputs]
-        found = reference.attempt(reference.usable(), nudged)
+        module = reference.usable() if floats else _moved(reference.fresh(), generator)
+        found = reference.attempt(module, nudged)
         if isinstance(found, tuple) and len(found) == len(plain):
             largest = [
                 max(error, _CHAOS * compare.mean_error(one, two))
                 for error, one, two in zip(largest, plain, found, strict=True)
             ]
     return largest
+
+
+def _moved(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = _nudged(parameter.data, generator)
+    return module
 
 
 def _nudged(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -274,11 +274,14 @@ def save(reference: Reference, path: Path) -> int:
             largest[name] = max(largest[name], compare.largest(output))
     tf32 = reference.device.startswith("cuda")
     tolerance = {name: compare.served(reference.tolerance, largest[name], tf32=tf32) for name in largest}
-    chance = {"nondeterministic", "training-mode", "state"} & {hazard.hazard for hazard in reference.hazards_of_eager}
+    found_in_eager = {hazard.hazard for hazard in reference.hazards_of_eager}
+    chance = {"nondeterministic", "training-mode", "state"} & found_in_eager
     metadata = {
         "cases": json.dumps(kept),
         "tolerance": json.dumps(tolerance),
         "compare": "shapes" if chance else "values",
+        "rows": "mixed" if "rows-mixed" in found_in_eager else "apart",
+        "sensitive": json.dumps(sorted(reference.sensitive)),
     }
     path.write_bytes(_in_order(save(tensors, metadata)))
     return len(kept)

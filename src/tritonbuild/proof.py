@@ -108,6 +108,7 @@ def prove(
     by_name = {hazard.hazard: hazard for hazard in reversed(found)}
     unique = list(reversed(by_name.values()))
     unique.sort(key=lambda hazard: hazard.hazard == "unproved")  # first what was seen to be wrong
+    sensitive = [f"output {name} is sensitive to rounding" for name in sorted(reference.sensitive)]
     failing = [hazard for hazard in unique if hazard.hazard not in accepted]
     return Verdict(
         passed=not failing,
@@ -117,7 +118,7 @@ def prove(
         cases=len(trial.compared),
         max_abs_error=trial.errors,
         seconds=time.perf_counter() - started,
-        notes=[*reference.notes, *trial.notes],
+        notes=[*reference.notes, *trial.notes, *sensitive],
         cuts=[*trial.cuts, *reference.cuts],
     )
 

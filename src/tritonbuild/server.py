@@ -60,6 +60,11 @@ class Server:
         """Return the JSON that the server answers to a GET; None for an empty answer."""
         return _ask(self.url, path)
 
+    def versions(self, model: str) -> list[str]:
+        """Return the versions of a model that are ready, in order."""
+        rows = [row for row in _ask(self.url, "/v2/repository/index", {}) if row["name"] == model]
+        return sorted((row["version"] for row in rows if row.get("state") == "READY"), key=int)
+
     def load(self, *models: str) -> None:
         """Make sure that models are ready. A server that is not ours is not told to load anything.
 
