@@ -189,6 +189,13 @@ def test_an_image_fills_the_range_and_is_cut_to_the_size(tmp_path: Path) -> None
     assert torch.allclose(a, b.float() / 255 * 2 - 1)
 
 
+def test_an_image_is_read_with_its_channels_last_where_they_are_declared_last(tmp_path: Path) -> None:
+    (tmp_path / "i.png").write_bytes(png([[(0, 255, 51), (255, 0, 51)], [(0, 255, 51), (255, 0, 51)]]))
+    declared = version(b=Input(dtype="uint8", shape=("batch", "h", 2, 3), values="i.png"))
+    (b,) = Source(declared, tmp_path).draw({"batch": 1, "h": 1}, PLAIN, 0, "cpu")
+    assert b[0].tolist() == [[[0, 255, 51], [255, 0, 51]]]
+
+
 @pytest.mark.parametrize(
     ("write", "what"),
     [

@@ -189,6 +189,22 @@ def test_some_of_the_keys_may_be_served(project: Project) -> None:
         assert len(module(*declared.example())) == 1
 
 
+def test_a_key_binds_though_what_is_not_served_has_no_name_of_its_own(project: Project) -> None:
+    declared = project.declare(
+        """
+        class Net(nn.Module):
+            def forward(self, x: Tensor):
+                return {"layers": (x, x + 1), "out": x + 2}
+        """,
+        outputs=["out"],
+    )
+    build = declared.measured()
+
+    assert build.interface.sources == (("out", "['out']"),)
+    assert build.interface.left_out == ("['layers'][0]", "['layers'][1]")
+    assert torch.equal(torchscript(declared, "trace")(*declared.example())[0], declared.example()[0] + 2)
+
+
 def test_other_names_bind_by_order(project: Project) -> None:
     declared = project.declare(TWO, outputs=["first", "second"])
     assert declared.measured().interface.sources == (("first", "['out']"), ("second", "['aux']"))

@@ -278,11 +278,14 @@ def _read(version: ModelVersion, name: str, declared: Input, root: Path) -> Tens
     shape = declared.shape
     batched = bool(version.max_batch_size)
     item = shape[1:] if batched else shape
-    fits = tensor.dim() in {len(item), len(shape)} and all(
-        isinstance(want, str) or want == have
-        for want, have in zip(reversed(item), reversed(tensor.shape), strict=False)
-    )
-    if not fits or not tensor.numel():
+    fits = [
+        tensor.dim() in {len(item), len(shape)}
+        and all(isinstance(want, str) or want == have for want, have in zip(item[::-1], sizes[::-1], strict=False))
+        for sizes in (tensor.shape, (*tensor.shape[1:], *tensor.shape[:1]))
+    ]
+    if path.suffix.lower() not in (".npy", ".safetensors") and not fits[0] and fits[1]:
+        return tensor.movedim(0, -1).contiguous()  # a model whose images have their channels last
+    if not fits[0] or not tensor.numel():
         raise TraceError(
             where,
             f"input {name}: values {declared.values} have shape {list(tensor.shape)}, "

@@ -199,8 +199,8 @@ class Interface:
         if not self._declared:
             return tuple((f"OUTPUT__{i}", leaf) for i, leaf in enumerate(found))
         named = {leaf.name: leaf for leaf in found if leaf.name is not None}
-        unique = len(named) == sum(leaf.name is not None for leaf in found)
-        if unique and set(self._declared) <= set(named):
+        names = [leaf.name for leaf in found]
+        if all(names.count(name) == 1 for name in self._declared):  # what is not named may have names twice
             return tuple((name, named[name]) for name in self._declared)
         if len(self._declared) != len(found):
             raise TraceError(
