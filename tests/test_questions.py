@@ -32,11 +32,11 @@ def line(forward: Callable[..., Any], root: Path, *, traced: bool = True) -> int
 
     Net.forward = forward
     reference = Reference(version(axes={"t": Axis(example=6, min=2, max=12)}), Net, "cpu", root)
-    found = questions.runs_otherwise(reference, traced=traced)
-    if found is None:
+    found = questions.questions(reference, traced=traced)
+    if not found:
         return None
-    assert found.file == __file__
-    return found.line - forward.__code__.co_firstlineno
+    assert found[0].site.file == __file__
+    return found[0].site.line - forward.__code__.co_firstlineno
 
 
 def test_what_does_not_ask_runs_as_eager(tmp_path: Path) -> None:
@@ -120,8 +120,8 @@ def test_common_networks_run_as_eager(name: str, tmp_path: Path) -> None:
             return self.net(x[:, :, :, None].expand(-1, 32, 32, 3).permute(0, 3, 1, 2))
 
     reference = Reference(version(axes={"t": Axis(example=32, min=32, max=32)}), Picture, "cpu", tmp_path)
-    assert questions.runs_otherwise(reference, traced=True) is None
-    assert questions.runs_otherwise(reference, traced=False) is None
+    assert questions.questions(reference, traced=True) == []
+    assert questions.questions(reference, traced=False) == []
 
 
 # ------------------------------------------------------------------------------------------- what a proof makes of it
@@ -145,11 +145,43 @@ class Slow(Rounded):
 ASKS = Rounded.forward.__code__.co_firstlineno + 2
 
 
-def test_all_sizes_are_compared_although_the_budget_is_low_if_they_are_few(tmp_path: Path) -> None:
+def test_all_sizes_and_many_values_are_compared(tmp_path: Path) -> None:
+    few = Axis(example=6, min=1, max=12)
+    proved = Proved(Slow, version(batch=0, axes={"t": few}, cases=1), tmp_path)
+    assert proved.names == []
+    assert proved.verdict.cuts == []
+    assert proved.verdict.cases >= 64
+    assert {case.sizes["t"] for case in proved.reference._answers} == set(range(1, 13))
+
+
+def test_the_sizes_of_a_few_are_compared_whatever_the_budget(tmp_path: Path) -> None:
     few = Axis(example=6, min=1, max=12)
     proved = Proved(Slow, version(batch=0, axes={"t": few}, cases=1, budget_s=1e-3), tmp_path)
-    assert proved.names == []
-    assert {case.sizes["t"] for case in proved.reference._answers} == set(range(1, 13))
+    [hazard] = proved.verdict.hazards
+    assert ": the trace runs other code than eager, and only 12 cases at 12 of 12 sizes were compared (" in str(hazard)
+
+
+class OfTwo(nn.Module):
+    """Asks twice: the first answer is without fault, the second is wrong for large values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.scaled(x)
+        if torchvision._is_tracing():
+            return x
+        return x.clamp(max=3.0)
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_tracing():
+            return torch.mul(x, 2)
+        return x * 2
+
+
+def test_the_question_is_named_whose_answer_makes_the_difference(tmp_path: Path) -> None:
+    [hazard] = Proved(OfTwo, version(), tmp_path).verdict.hazards
+    assert hazard.hazard == "asks-if-traced"
+    assert hazard.where == f"tests/test_questions.py:{OfTwo.forward.__code__.co_firstlineno + 3}"
+    reference = Reference(version(), OfTwo, "cpu", tmp_path)
+    assert [found.code.co_name for found in questions.questions(reference, traced=True)] == ["forward", "scaled"]
 
 
 def test_a_pass_on_few_of_many_sizes_is_none(tmp_path: Path) -> None:
@@ -158,7 +190,7 @@ def test_a_pass_on_few_of_many_sizes_is_none(tmp_path: Path) -> None:
     [hazard] = proved.verdict.hazards
     assert re.sub(r"about \d+ s", "about # s", str(hazard)) == (
         f"unproved: tests/test_questions.py:{ASKS}: the trace runs other code than eager, "
-        "and 16 of 400 sizes were compared (budget_s: 0.001; all take about # s)"
+        "and only 16 cases at 16 of 400 sizes were compared (budget_s: 0.001; all take about # s)"
     )
 
 
@@ -178,7 +210,7 @@ def test_a_pass_on_enough_of_many_sizes_says_how_many(tmp_path: Path, monkeypatc
     [cut] = proved.report["cuts"]
     assert re.sub(r"about \d+ s", "about # s", cut) == (
         f"the trace runs other code than eager at tests/test_questions.py:{ASKS}, "
-        "and 16 of 400 sizes were compared (budget_s: 0.001; all take about # s)"
+        "and 16 cases at 16 of 400 sizes were compared (budget_s: 0.001; all take about # s)"
     )
 
 

@@ -205,6 +205,13 @@ def more_sizes(version: ModelVersion, numbers: Collection[int]) -> Iterator[Case
                 yield case({name: found[name] for name in axes}, PLAIN, 300 + turn)
 
 
+def more_draws(version: ModelVersion) -> Iterator[Case]:
+    """Yield plain values at random sizes, without end."""
+    joint = joint_sizes(version, seed=2) if version.all_axes else itertools.repeat({})
+    for seed, sizes in zip(itertools.count(700), joint, strict=False):
+        yield case({name: sizes[name] for name in version.all_axes}, PLAIN, seed)
+
+
 def more_values(
     version: ModelVersion, numbers: Collection[float], bounded: Mapping[str, tuple[float, float] | None]
 ) -> Iterator[Case]:

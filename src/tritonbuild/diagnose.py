@@ -79,7 +79,8 @@ class Evidence:
         warnings: What the tracer warned about.
         traced: Whether the candidate is a trace; scripted code follows Python's control flow.
         passes: Whether the candidate is eager at a case.
-        otherwise: The line from which the TorchScript was made of other code than eager runs; None if of the same.
+        otherwise: Returns the line at which a case goes another way because the TorchScript was made by other code
+            than eager runs, which had asked; None if there is no such code.
     """
 
     reference: Reference
@@ -88,7 +89,7 @@ class Evidence:
     warnings: Sequence[TracerWarning]
     traced: bool
     passes: Callable[[Case], bool]
-    otherwise: Site | None
+    otherwise: Callable[[Case], Site | None]
     _graphs: dict[Case, Graph | None] = field(default_factory=dict)
 
     def retraced(self, case: Case) -> Graph | None:
@@ -204,8 +205,9 @@ def _unexplained(evidence: Evidence, mismatch: Mismatch) -> Hazard:
         return _named("torchscript-fails", mismatch, _warned(evidence))
     if difference.kind == "not-finite":
         return _named("not-finite", mismatch, _warned(evidence))
-    if evidence.otherwise:
-        return _named("asks-if-traced", mismatch, evidence.otherwise)
+    otherwise = evidence.otherwise(mismatch.case)
+    if otherwise:
+        return _named("asks-if-traced", mismatch, otherwise)
     if difference.kind == "values" and mismatch.relative < _DRIFT:
         return _named("numeric-drift", mismatch, None)
     warned = next(_warnings(evidence), None)

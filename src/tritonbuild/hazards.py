@@ -117,7 +117,7 @@ HAZARDS: dict[str, Meaning] = {
     ),
     "asks-if-traced": Meaning(
         "the model asks whether it is traced or scripted, and does something else then",
-        "make both paths equal, or declare only sizes at which they are (multiple_of, or a fixed size)",
+        "make both paths equal, declare only sizes at which they are (multiple_of, a fixed size), or accept it",
     ),
     "differs": Meaning(
         "outputs differ from eager and none of the other hazards explains it",

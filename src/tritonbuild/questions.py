@@ -13,38 +13,62 @@ from __future__ import annotations
 import contextlib
 import dis
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 
 from tritonbuild import monitors
+from tritonbuild.calls import Failure
 from tritonbuild.monitors import Site, first_party
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from types import CodeType
 
+    from tritonbuild.calls import Answer
+    from tritonbuild.cases import Case
     from tritonbuild.monitors import Observation
     from tritonbuild.reference import Reference
 
 _TRACED = ((torch._C, "_is_tracing"), (torch._C, "_get_tracing_state"))
 _SCRIPTED = ((torch.jit, "is_scripting"), (torch._jit_internal, "is_scripting"))
-_RELAY = getattr(torch.jit, "is_tracing").__code__  # noqa: B009 (torch does not declare that it exports it)
 _ASKING = frozenset({"is_tracing", "_is_tracing", "_get_tracing_state", "is_scripting"})
 _STAYS = ("STORE_", "DELETE_", "RETURN_", "YIELD_")
 """Instructions after which something is not as it was, whatever is on the stack."""
 
 
-def runs_otherwise(reference: Reference, *, traced: bool) -> Site | None:
-    """Return the first line of model code that is run only where it is traced, or only where not, if that counts.
+@dataclass(frozen=True)
+class Question:
+    """One place that asks, and where the answer counts.
+
+    Attributes:
+        code: The function that asks.
+        traced: Whether it is told that it is being traced; else that it is TorchScript.
+        site: The first line that is run with one of the answers only.
+    """
+
+    code: CodeType
+    traced: bool
+    site: Site
+
+    def answer(self, reference: Reference, case: Case) -> Answer:
+        """Return what eager returns for a case where this function, and no other, is told yes."""
+        with _answered_yes(traced=self.traced, only=self.code):
+            return reference.attempt(reference.fresh(), reference.inputs(case))
+
+
+def questions(reference: Reference, *, traced: bool) -> list[Question]:
+    """Return the places at which model code asks whether it is traced (or else scripted), if the answer counts.
 
     Args:
         reference: Eager; it is watched at its example.
         traced: Whether the question is tracing; else it is scripting.
     """
-    if not any(not _ASKING.isdisjoint(code.co_names) for code in {code for code, _ in reference.seen.steps}):
-        return None
+    codes = [code for code in dict.fromkeys(code for code, _ in reference.seen.steps) if _asks(code)]
+    if not codes:
+        return []
 
     def watched() -> Observation:
         module, inputs = reference.fresh(), reference.inputs(reference.planned[0])
@@ -52,20 +76,44 @@ def runs_otherwise(reference: Reference, *, traced: bool) -> Site | None:
 
     plain = watched()
     with _answered_yes(traced=traced):
-        told = watched()
-    return _other_way(plain, told)
+        if not _other_way(plain, watched()):
+            return []
+    found = []
+    for code in codes:
+        with _answered_yes(traced=traced, only=code):
+            site = _other_way(plain, watched())
+        found += [Question(code, traced, site)] if site else []
+    return found
+
+
+def blamed(found: Sequence[Question], reference: Reference, case: Case, got: Answer) -> Site | None:
+    """Return the line because of which a TorchScript answers a case otherwise; None if no answer to a question counts.
+
+    Eager gives the TorchScript's answer where the guilty function is told yes; what raises then is the next to suspect.
+    """
+    answers = [(question, question.answer(reference, case)) for question in found]
+    for question, answer in answers:
+        if not isinstance(answer, Failure) and not isinstance(got, Failure) and reference.same(answer, got):
+            return question.site
+    raised = [question.site for question, answer in answers if isinstance(answer, Failure)]
+    return next(iter([*raised, *(question.site for question in found)]), None)
+
+
+def _asks(code: CodeType) -> bool:
+    return not _ASKING.isdisjoint(code.co_names) and code.co_name not in _ASKING
 
 
 @contextlib.contextmanager
-def _answered_yes(*, traced: bool) -> Iterator[None]:
-    """Tell model code that it is being traced, or else that it is TorchScript; torch itself hears the truth."""
+def _answered_yes(*, traced: bool, only: CodeType | None = None) -> Iterator[None]:
+    """Tell model code, or one function of it, that it is being traced, or else TorchScript; torch hears the truth."""
 
     def forged(truth: Callable[[], Any]) -> Callable[[], Any]:
         def answer() -> Any:
             frame = sys._getframe(1)
-            if frame.f_code is _RELAY and frame.f_back:  # it asks torch._C in its turn
+            while frame.f_code.co_name in _ASKING and frame.f_back:  # it asks in its turn: torchvision._is_tracing
                 frame = frame.f_back
-            return True if first_party(frame.f_code.co_filename) else truth()
+            told = frame.f_code is only if only else first_party(frame.f_code.co_filename)
+            return True if told else truth()
 
         return answer
 

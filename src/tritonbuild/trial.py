@@ -10,6 +10,7 @@ Source: docs/hazards.md, "What is run"; torch/csrc/jit/runtime/profiling_graph_e
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -57,7 +58,7 @@ _LOOK_S = 0.1
 _OTHERWISE_LEAST = 16
 _OTHERWISE_ENOUGH = 64
 """Sizes that are looked at whatever the budget where the TorchScript was made by other code than eager runs, and how
-many are a proof: of 64 random sizes, at least one is wrong with a probability of 96 % if every twentieth is.
+many cases are a proof: of 64 random ones, at least one is wrong with a probability of 96 % if every twentieth is.
 """
 
 
@@ -104,11 +105,15 @@ class Trial:
         def passes(case: Case) -> bool:
             return self.reference.outputs(case) is not None and not self._compare(case, 1)
 
-        return Evidence(self.reference, self.build, self.graph, self.warnings, self.traced, passes, self._otherwise)
+        def otherwise(case: Case) -> Site | None:
+            got = self._call(self.load(), self.reference.inputs(case))
+            return questions.blamed(self._questions, self.reference, case, got)
+
+        return Evidence(self.reference, self.build, self.graph, self.warnings, self.traced, passes, otherwise)
 
     @cached_property
-    def _otherwise(self) -> Site | None:
-        return questions.runs_otherwise(self.reference, traced=self.traced)
+    def _questions(self) -> list[questions.Question]:
+        return questions.questions(self.reference, traced=self.traced)
 
     def renamed(self, hazard: Hazard) -> Hazard:
         """Return a hazard of eager with the name that the graph gives it: batch norm in training mode mixes rows."""
@@ -204,7 +209,7 @@ class Trial:
     def _search(self) -> list[Mismatch]:
         """Look further where Python's code depends on sizes or values, as far as the budget allows."""
         reference = self.reference
-        mismatches = self._everywhere(self._otherwise) if self._otherwise else []
+        mismatches = self._everywhere() if self._questions else []
         if mismatches:
             return mismatches
         numbers = {n for n in reference.seen.numbers if n == n and abs(n) < 1e30}
@@ -240,10 +245,10 @@ class Trial:
         warned = next((warning for warning in self.warnings if first_party(warning.filename)), None)
         return f"the tracer's warning at {Site(warned.filename, warned.lineno)}" if warned else ""
 
-    def _everywhere(self, otherwise: Site) -> list[Mismatch]:
+    def _everywhere(self) -> list[Mismatch]:
         """Look at all sizes, as far as the budget allows: the TorchScript was made by other code than eager runs.
 
-        Its arithmetic may be right at most sizes. If the budget ends before enough of them were looked at, that is
+        What it does may be right for most sizes and values. If the budget ends before enough were looked at, that is
         found `unproved`.
         """
         reference, budget_s = self.reference, self.version.trace.budget_s
@@ -251,29 +256,34 @@ class Trial:
         for case in cases.more_sizes(self.version, _whole(reference.seen.numbers)):
             sizes.setdefault(case.axes, case)
         looked_at = {case.axes for case in self.compared}
-        before, total = len(looked_at), len(sizes.keys() | looked_at)
+        before, total = len(self.compared), len(sizes.keys() | looked_at)
         longest_s = max(0.5, 4 * reference.forward_s, budget_s / 4)
         started, spent = time.perf_counter(), 0.0
-        for axes, case in sizes.items():
+        draws = itertools.islice(cases.more_draws(self.version), 4 * _OTHERWISE_ENOUGH)
+        for case in (*(case for axes, case in sizes.items() if axes not in looked_at), *draws):
             spent = time.perf_counter() - started
-            if spent > budget_s and len(looked_at) >= _OTHERWISE_LEAST:
-                break
-            if axes in looked_at or not reference.cheap(case.sizes, limit_s=longest_s):
+            fresh = case.axes not in looked_at
+            if not fresh and len(self.compared) >= _OTHERWISE_ENOUGH:
                 continue
-            looked_at.add(axes)
+            if spent > budget_s and not (fresh and len(looked_at) < _OTHERWISE_LEAST):
+                break
+            if not reference.cheap(case.sizes, limit_s=longest_s):
+                continue
+            looked_at.add(case.axes)
             mismatches = self._compare(case, 1)
             if mismatches:
                 return mismatches
-        if len(looked_at) == total:
+        compared = len(self.compared)
+        if compared >= _OTHERWISE_ENOUGH and len(looked_at) == total:
             return []
-        takes_s = spent / max(1, len(looked_at) - before) * total
-        budget = f"budget_s: {budget_s:g}; all take about {takes_s:.0f} s"
-        found = f"{len(looked_at)} of {total} sizes were compared ({budget})"
-        what = f"the {'trace' if self.traced else 'script'} runs other code than eager"
-        if len(looked_at) < min(total, _OTHERWISE_ENOUGH):
-            self._changed.append(hazards.found("unproved", f"{what}, and {found}", where=str(otherwise)))
+        each_s = spent / max(1, compared - before)
+        budget = f"budget_s: {budget_s:g}; all take about {each_s * max(total, _OTHERWISE_ENOUGH):.0f} s"
+        found = f"{compared} cases at {len(looked_at)} of {total} sizes were compared ({budget})"
+        what, site = f"the {'trace' if self.traced else 'script'} runs other code than eager", self._questions[0].site
+        if compared < _OTHERWISE_ENOUGH:
+            self._changed.append(hazards.found("unproved", f"{what}, and only {found}", where=str(site)))
         else:
-            self.cuts.append(f"{what} at {otherwise}, and {found}")
+            self.cuts.append(f"{what} at {site}, and {found}")
         return []
 
     def _compare(self, case: Case, repeats: int) -> list[Mismatch]:
