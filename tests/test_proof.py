@@ -65,7 +65,8 @@ class Traced:
         return torch.jit.load(io.BytesIO(self.bytes))
 
     def proved(self) -> Verdict:
-        return proof.prove(self.version, self.build, self.load, "cpu", self.make.warnings, self.reference)
+        warnings, traced = self.make.warnings, self.make.traced
+        return proof.prove(self.version, self.build, self.load, "cpu", warnings, self.reference, traced=traced)
 
 
 @pytest.mark.parametrize("model", WRONG, ids=lambda model: model.name)

@@ -9,6 +9,8 @@ Source: the PyTorch backend's handling of outputs, measured on it; DESIGN sectio
 
 from __future__ import annotations
 
+import itertools
+import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,14 +20,26 @@ from tritonbuild import cases, compare, hazards
 from tritonbuild.draws import PLAIN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from typing import TypeGuard
 
+    from tritonbuild.calls import Answer
     from tritonbuild.cases import Case
     from tritonbuild.hazards import Hazard
     from tritonbuild.reference import Reference
 
 _CHAOS = 16.0
 """Rounding explains an error of this many times what changing the inputs in their last bits does, on average."""
+
+_ROUNDING = 0.01
+"""Largest error, relative to the largest value, that rounding explains where the same kernels run."""
+
+_NEIGHBOURS = ("zeros", "high", "low", "large", "ones", "tiny", "prefix")
+"""Draws of values that another row of the batch may have."""
+
+_FURTHER_S = 0.1
+_DECIDES_S = 1.0
+"""Seconds for rows beside rare others: in general, and where values leave torch for Python."""
 
 
 def structure(
@@ -120,6 +134,89 @@ def rows(reference: Reference, names: Sequence[str]) -> Iterator[Hazard]:
                     return
 
 
+def further(reference: Reference, names: Sequence[str], searched: Sequence[Case]) -> Iterator[Hazard]:
+    """Yield an output whose row depends on rare values of the others, or on rare sizes of the batch.
+
+    Args:
+        reference: Eager.
+        names: Of the outputs.
+        searched: Cases at which values leave torch for Python, if any do: such a value may be one of the whole batch.
+    """
+    example = cases.example_sizes(reference.version)
+    batches = [size for size in cases.all_sizes(reference.version.all_axes["batch"])[:64] if size > 1]
+    affordable = [size for size in batches if reference.cheap({**example, "batch": size}, limit_s=_FURTHER_S / 10)]
+    decides = bool(reference.seen.escapes)
+    # Dynamic quantization rounds to 1/255 of the largest activation of the batch, and is meant to.
+    quantized = any("quantized.dynamic" in type(part).__module__ for part in reference.usable().modules())
+    if not batches or quantized or not (affordable or decides):
+        return
+    started = time.perf_counter()
+    limit_s = _DECIDES_S if decides else _FURTHER_S
+    sizes = {**example, "batch": (affordable or batches)[-1]}
+    pairs = _neighbours(reference, sizes, searched if decides else ())
+    largest = {name: cases.all_sizes(axis)[-1] for name, axis in reference.version.all_axes.items()}
+    if decides and reference.cheap({**largest, "batch": sizes["batch"]}, limit_s=_DECIDES_S / 20):
+        pairs = itertools.chain(pairs, _neighbours(reference, {**largest, "batch": sizes["batch"]}, ()))
+    for one, two in pairs:
+        if time.perf_counter() - started > limit_s:
+            return
+        hazard = _beside(reference, names, one, two)
+        if hazard:
+            yield hazard
+            return
+    for case in reference.cases:
+        batch = case.sizes["batch"]
+        if batch == 1 or case.draw != PLAIN or {**case.sizes, "batch": 1} == {**example, "batch": 1}:
+            continue
+        whole = reference.answer(case)
+        if not isinstance(whole, tuple) or not reference.cheap(case.sizes, limit_s=_FURTHER_S / 10):
+            continue
+        for row in (0, batch - 1):
+            if time.perf_counter() - started > 2 * limit_s:
+                return
+            alone = [tensor[row : row + 1].contiguous() for tensor in reference.inputs(case)]
+            found = reference.attempt(reference.usable(), alone)
+            hazard = _compared(reference, names, case, row, "alone", (whole, found, 0)) if _is(found) else None
+            if hazard:
+                yield hazard
+                return
+
+
+def _neighbours(
+    reference: Reference, sizes: Mapping[str, int], searched: Iterable[Case]
+) -> Iterator[tuple[Case, Sequence[Tensor]]]:
+    """Yield a case, and inputs of its sizes whose last row is put into it."""
+    bounded = reference.source.bounds
+    draws = [*_NEIGHBOURS, *(("fill=30", "fill=-30") if None in bounded.values() else ())]
+    draws += [f"{draw}@{name}" for draw in _NEIGHBOURS[:4] for name in bounded] if len(bounded) > 1 else []
+    plain = cases.case(sizes, PLAIN, 510)
+    for i, draw in enumerate(draws):
+        special = cases.case(sizes, draw, 520 + i)
+        yield plain, reference.inputs(special)
+        yield special, reference.inputs(plain)
+    for case in searched:
+        inputs = reference.inputs(case)
+        # What a client gets whose neighbour sends NaN is not asked.
+        if {**case.sizes, "batch": 1} == {**sizes, "batch": 1} and all(bool(x.isfinite().all()) for x in inputs):
+            yield plain, inputs
+
+
+def _beside(reference: Reference, names: Sequence[str], case: Case, other: Sequence[Tensor]) -> Hazard | None:
+    """Return the hazard of rows that change when the last row becomes another one."""
+    whole = reference.answer(case)
+    mixed = [torch.cat([tensor[:-1], row[-1:]]) for tensor, row in zip(reference.inputs(case), other, strict=True)]
+    found = reference.attempt(reference.usable(), mixed)
+    if not _is(whole) or not _is(found):
+        return None
+    rows = range(min(case.sizes["batch"] - 1, 2))
+    compared = (_compared(reference, names, case, row, "beside other rows", (whole, found, row)) for row in rows)
+    return next((hazard for hazard in compared if hazard), None)
+
+
+def _is(answer: Answer) -> TypeGuard[tuple[Tensor, ...]]:
+    return isinstance(answer, tuple)
+
+
 def _compared(
     reference: Reference,
     names: Sequence[str],
@@ -137,7 +234,9 @@ def _compared(
             continue
         if difference.kind == "values":
             moved = moved or sensitivity(reference, [x[row : row + 1].contiguous() for x in reference.inputs(case)])
-            if moved and compare.mean_error(expected, got) <= moved[i]:
+            # Beside others the same kernels run: a value that turns at its last bit is no rounding there.
+            small = text == "alone" or difference.error <= _ROUNDING * compare.largest(expected)
+            if moved and small and compare.mean_error(expected, got) <= moved[i]:
                 reference.sensitive.add(name)
                 continue
         return hazards.found(

@@ -44,6 +44,9 @@ _PARAMETERS = (("from", "to"), ("a", "b"), ("mean", "std"))
 
 _SEEDS = 24
 _LIMIT_S = 0.3
+_CASES = 3
+"""Cases beside the example at which random numbers are drawn, that are tried with others."""
+
 _CLOCKS = ("time", "monotonic", "perf_counter", "process_time")
 _LATER = (0.37, 1, 61, 3601, 43201, 86400 * 40.5, 86400 * 400)
 _VARIABLES = 16
@@ -215,6 +218,13 @@ def found(reference: Reference, case: Case, seen: Observation, *, drew: bool) ->
     if seen.environment and not detail:
         detail = environment_reaches(run, reference.same, [name for name, _ in seen.environment], seen.texts)
     return hazards.found("nondeterministic", detail, case=str(case), where=where) if detail else None
+
+
+def further(reference: Reference, drawn: Sequence[Case]) -> list[Hazard]:
+    """Return the hazard of a model that draws random numbers on a rare way, if they reach an output there."""
+    every = (found(reference, case, reference.observe(case), drew=True) for case in drawn[:_CASES])
+    first = next((hazard for hazard in every if hazard), None)
+    return [first] if first else []
 
 
 def reaches(

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _ITEMS = 64
 """Items of one container that are looked at."""
 
+_SEEDED: dict[int, Tensor] = {}
+_END = 624
+
 _KEPT_ITEMS = 4096
 """Items up to which a shared container is put back; a longer one is a table, no cache."""
 
@@ -52,6 +55,19 @@ def seed_all(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
     numpy.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def drawn(seed: int) -> bool:
+    """Return whether a global random generator has moved since `seed_all(seed)`; quicker than two `random_state`."""
+    if seed not in _SEEDED:
+        _SEEDED[seed] = torch.Generator().manual_seed(seed).get_state()
+    if not torch.equal(torch.default_generator.get_state(), _SEEDED[seed]):
+        return True
+    if _cuda() and any(generator.get_offset() for generator in torch.cuda.default_generators):
+        return True
+    # Both are twisters, whose position is at the end after seeding.
+    kept: Any = numpy.random.get_state()
+    return bool(kept[2] != _END or kept[3]) or random.getstate()[1][-1] != _END
 
 
 def state(module: nn.Module) -> dict[str, object]:

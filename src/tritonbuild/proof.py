@@ -105,6 +105,8 @@ def prove(
     found = [trial.renamed(hazard) for hazard in found]
     if not {hazard.hazard for hazard in found} - accepted.keys() & _ALONE:
         found += trial.hazards()
+        if not {hazard.hazard for hazard in found} - accepted.keys():
+            found += [trial.renamed(hazard) for hazard in reference.further()]
     by_name = {hazard.hazard: hazard for hazard in reversed(found)}
     unique = list(reversed(by_name.values()))
     unique.sort(key=lambda hazard: hazard.hazard == "unproved")  # first what was seen to be wrong

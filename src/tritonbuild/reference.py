@@ -84,6 +84,8 @@ class Reference:
         self._answers: dict[Case, Answer] = {}
         self._bytes = 0
         self._mutated: Hazard | None = None
+        self._drawn: list[Case] = []
+        self._looked_further = False
         self.touched: list[str] = []  # what a call changes of the model and leaves so
 
     # ------------------------------------------------------------------------------------------------ running eager
@@ -139,6 +141,8 @@ class Reference:
         inputs = self.inputs(case)
         unchanged = calls.Unchanged(inputs)
         found = self.attempt(self.usable(), inputs)
+        if memory.drawn(calls.SEED):
+            self._drawn.append(case)
         which = unchanged.broken(inputs)
         if which is not None and self._mutated is None:
             self._mutated = self._mutation(case, which)
@@ -305,6 +309,26 @@ class Reference:
             found.append(self._mutated)
         if self._unproved:
             found.append(hazards.found("unproved", self._unproved))
+        return found
+
+    def further(self) -> list[Hazard]:
+        """Return the hazards that only some cases show: chance on a rare way, rows mixed by rare values or sizes.
+
+        To be asked when nothing else is wrong: also what a search for the TorchScript's faults has run is looked at.
+        What is found belongs to `hazards_of_eager` from then on.
+        """
+        if self._looked_further or not self._ran:
+            return []
+        self._looked_further = True
+        names, ran = {hazard.hazard for hazard in self.hazards_of_eager}, set(self._ran)
+        searched = [(c, answer) for c, answer in self._answers.items() if c not in ran and isinstance(answer, tuple)]
+        beyond = batching.structure(self, [(self.planned[0], self.example), *searched], self.output_names)
+        found = [hazard for hazard in beyond if hazard.hazard not in names]
+        if not names & {"nondeterministic", "training-mode", "state"}:
+            found += chance.further(self, self._drawn)
+        if self.version.max_batch_size and not _NO_ROWS & {*names, *(hazard.hazard for hazard in found)}:
+            found += batching.further(self, self.output_names, [case for case, _ in searched])
+        self.hazards_of_eager.extend(found)
         return found
 
     def _repeated(self) -> Hazard | None:

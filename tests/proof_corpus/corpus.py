@@ -52,29 +52,32 @@ def wrong(
     batch: int = 8,
     shows: Shown | None = None,
     by: Callable[[Run], bool] | None = None,
+    method: str = "trace",
     **inputs: Any,
 ) -> Any:
-    """Declare a model whose trace is wrong, with the hazards of which the proof must name one."""
-    return _declare(hazards, batch, inputs, shows=shows, by=by)
+    """Declare a model whose trace, or script, is wrong, with the hazards of which the proof must name one."""
+    return _declare(hazards, batch, inputs, method, shows=shows, by=by)
 
 
 def right(batch: int = 8, *, delicate: bool = False, **inputs: Any) -> Any:
     """Declare a model whose trace is right."""
-    return _declare((), batch, inputs, delicate=delicate)
+    return _declare((), batch, inputs, "trace", delicate=delicate)
 
 
-def _declare(hazards: tuple[str, ...], batch: int, inputs: dict[str, Any], **more: Any) -> Any:
+def _declare(hazards: tuple[str, ...], batch: int, inputs: dict[str, Any], method: str, **more: Any) -> Any:
     axes = {key: value for key, value in inputs.items() if isinstance(value, tuple)}
     texts = {key: value for key, value in inputs.items() if isinstance(value, str)}
 
     def wrap(make: type[nn.Module]) -> type[nn.Module]:
-        MODELS.append(Model(make, hazards, declared(make, texts, axes, batch), **more))
+        MODELS.append(Model(make, hazards, declared(make, texts, axes, batch, method), **more))
         return make
 
     return wrap
 
 
-def declared(make: type[nn.Module], inputs: dict[str, str], axes: dict[str, Any], batch: int) -> ModelVersion:
+def declared(
+    make: type[nn.Module], inputs: dict[str, str], axes: dict[str, Any], batch: int, method: str = "trace"
+) -> ModelVersion:
     """Return the declaration that the short texts stand for."""
     return ModelVersion.model_construct(
         model=make.__name__,
@@ -92,7 +95,7 @@ def declared(make: type[nn.Module], inputs: dict[str, str], axes: dict[str, Any]
         },
         inputs={key: _input(text) for key, text in inputs.items()},
         outputs=(),
-        trace=Trace(method="trace"),
+        trace=Trace(method=method),
     )
 
 

@@ -171,3 +171,18 @@ class Run:
         module = self.build()
         first = call(module, self.inputs, seed=0)
         return any(not equal(first, call(module, self.inputs, seed=seed)) for seed in range(1, seeds))
+
+    def differs_at(self, value: float) -> bool:
+        """Return whether the output changes with the seed where every element is the value."""
+        inputs = [torch.full_like(x, value) for x in self.inputs]
+        return not equal(call(self.build(), inputs, seed=0), call(self.build(), inputs, seed=1))
+
+    def rows_differ(self, one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
+        """Return whether the first rows, which are given equal, get other answers in the two batches."""
+        answers = [call(self.build(), inputs) for inputs in (one, two)]
+        return not equal(*(tuple(x[:1] for x in answer) for answer in answers))
+
+    def rows_differ_at(self, *sizes: int) -> bool:
+        """Return whether the first row of random inputs of these first sizes gets another answer alone."""
+        inputs = [torch.randn(*sizes, *x.shape[len(sizes) :]) for x in self.inputs]
+        return self.rows_differ(inputs, [x[:1] for x in inputs])
