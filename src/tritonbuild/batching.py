@@ -34,7 +34,7 @@ _CHAOS = 16.0
 _ROUNDING = 0.01
 """Largest error, relative to the largest value, that rounding explains where the same kernels run."""
 
-_NEIGHBOURS = ("zeros", "high", "low", "large", "ones", "tiny", "prefix")
+_NEIGHBOURS = ("zeros", "high", "low", "large", "ones", "prefix")
 """Draws of values that another row of the batch may have."""
 
 _FURTHER_S = 0.1
@@ -171,15 +171,14 @@ def further(reference: Reference, names: Sequence[str], searched: Sequence[Case]
         whole = reference.answer(case)
         if not isinstance(whole, tuple) or not reference.cheap(case.sizes, limit_s=_FURTHER_S / 10):
             continue
-        for row in (0, batch - 1):
-            if time.perf_counter() - started > 2 * limit_s:
-                return
-            alone = [tensor[row : row + 1].contiguous() for tensor in reference.inputs(case)]
-            found = reference.attempt(reference.usable(), alone)
-            hazard = _compared(reference, names, case, row, "alone", (whole, found, 0)) if _is(found) else None
-            if hazard:
-                yield hazard
-                return
+        if time.perf_counter() - started > 2 * limit_s:
+            return
+        alone = [tensor[-1:].contiguous() for tensor in reference.inputs(case)]
+        found = reference.attempt(reference.usable(), alone)
+        hazard = _compared(reference, names, case, batch - 1, "alone", (whole, found, 0)) if _is(found) else None
+        if hazard:
+            yield hazard
+            return
 
 
 def _neighbours(
