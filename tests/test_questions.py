@@ -77,6 +77,18 @@ def test_a_line_that_eager_alone_runs_is_named(tmp_path: Path) -> None:
     assert line(forward, tmp_path) is None
 
 
+def test_a_statement_without_consequence_is_not_named_for_another(tmp_path: Path) -> None:
+    def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_tracing():
+            torch._C._log_api_usage_once("forward")
+        x = x + 1
+        if not torch.jit.is_tracing():
+            x = x * 2
+        return x
+
+    assert line(forward, tmp_path) == 5
+
+
 def test_a_value_chosen_by_the_answer_counts(tmp_path: Path) -> None:
     def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
         size = len(x) if torch.jit.is_tracing() else int(x.shape[0])

@@ -157,7 +157,8 @@ def _check_tensors(declared: Declared, signature: Signature) -> None:
             raise ConfigError(
                 where,
                 f"{tensor['name']} has dims {tensor['dims']}, expected sizes from 1, or -1 where the size varies",
-                "Triton has no dims for a tensor that is always empty",
+                "it was empty at every case of the proof, which says nothing then: give weights, a range or values "
+                "with which it is not, or leave it out of what forward returns; Triton has no dims for an empty tensor",
             )
         if not tensor["dims"] and not model.max_batch_size:
             raise ConfigError(

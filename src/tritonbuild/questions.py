@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import itertools
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,7 @@ def questions(reference: Reference, *, traced: bool) -> list[Question]:
     found = []
     for code in codes:
         with _answered_yes(traced=traced, only=code):
-            site = _other_way(plain, watched())
+            site = _other_way(plain, watched(), code)
         found += [Question(code, traced, site)] if site else []
     return found
 
@@ -123,22 +124,27 @@ def _answered_yes(*, traced: bool, only: CodeType | None = None) -> Iterator[Non
         yield
 
 
-def _other_way(plain: Observation, told: Observation) -> Site | None:
+def _other_way(plain: Observation, told: Observation, asks: CodeType | None = None) -> Site | None:
     """Return the first line that is run with one of the answers only, if that has consequences; else None.
+
+    In the code that asks, if it has one; what is called from there, and what it raises through, comes after.
 
     Without consequence is a statement of its own that leaves nothing behind, such as the call that counts calls: it
     stores and returns nothing, the stack is as it was, and torch computed as much as without it.
     """
     one, two = _executed(plain), _executed(told)
-    for seen, own, other in ((told, two, one), (plain, one, two)):
-        sides = {code: offsets - other[code] for code, offsets in own.items() if code in other}
-        kept = {code for code, offsets in sides.items() if _leaves_something(code, offsets)}
-        if plain.bytes != told.bytes:
-            kept = set(sides)
-        first = next((step for step in seen.steps if step[0] in kept and step[1] in sides[step[0]]), None)
-        if first:
-            return _line(*first)
-    return None
+    parts = [
+        (code, part)
+        for own, other in ((two, one), (one, two))
+        for code, offsets in own.items()
+        if code in other
+        for part in _parts(code, offsets - other[code])
+    ]
+    kept = [(code, part) for code, part in parts if _leaves_something(part)]
+    if not kept and plain.bytes != told.bytes:
+        kept = parts
+    kept.sort(key=lambda pair: pair[0] is not asks)
+    return _line(kept[0][0], kept[0][1][0].offset) if kept else None
 
 
 def _executed(seen: Observation) -> dict[CodeType, set[int]]:
@@ -148,8 +154,15 @@ def _executed(seen: Observation) -> dict[CodeType, set[int]]:
     return found
 
 
-def _leaves_something(code: CodeType, offsets: set[int]) -> bool:
-    steps = [step for step in dis.get_instructions(code) if step.offset in offsets]
+def _parts(code: CodeType, offsets: set[int]) -> list[list[dis.Instruction]]:
+    """Return the instructions at these offsets, each run of neighbours by itself."""
+    if not offsets:
+        return []
+    runs = itertools.groupby(dis.get_instructions(code), lambda step: step.offset in offsets)
+    return [list(steps) for among, steps in runs if among]
+
+
+def _leaves_something(steps: Sequence[dis.Instruction]) -> bool:
     return any(step.opname.startswith(_STAYS) for step in steps) or bool(
         sum(dis.stack_effect(step.opcode, step.arg, jump=False) for step in steps)
     )
