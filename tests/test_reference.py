@@ -160,6 +160,38 @@ def test_what_the_smoke_test_may_compare_is_kept_with_the_cases(tmp_path: Path) 
     assert "output OUTPUT__1 is sensitive to rounding" in proved.verdict.notes
 
 
+class Untrained(Linear):
+    def forward(self, x: torch.Tensor) -> Any:
+        return torch.sigmoid(1e-6 * self.linear(x.clamp(-9, 9))), x.sign().sum(-1), torch.ones(x.shape[0], 2)
+
+
+class Untouched(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return 0 * x.nan_to_num(0.0, 0.0, 0.0)
+
+
+def test_an_output_that_hardly_moves_is_said_to_prove_little(tmp_path: Path) -> None:
+    proved = Proved(Untrained, version(), tmp_path)
+    assert proved.verdict.passed
+    [cut] = proved.report["cuts"]
+    assert re.sub(r"[0-9.]+e-0\d", "#", cut) == (
+        "output OUTPUT__0 moves by # between inputs, its tolerance is #: this proves little; load trained weights"
+    )
+    assert "output OUTPUT__2 is the same for all inputs" in proved.report["notes"]
+
+
+def test_a_model_whose_outputs_never_move_is_said_to_prove_little(tmp_path: Path) -> None:
+    proved = Proved(Untouched, version(axes={"t": T}), tmp_path)
+    assert proved.verdict.passed
+    assert proved.report["cuts"] == [
+        "output OUTPUT__0 is the same for all inputs: this proves little; load trained weights"
+    ]
+
+
+def test_outputs_that_move_are_not_said_to_prove_little(tmp_path: Path) -> None:
+    assert Proved(Linear, version(axes={"t": T}), tmp_path).report["cuts"] == []
+
+
 def test_what_is_not_accepted_still_fails(tmp_path: Path) -> None:
     proved = Proved(NoisyBranch, version(accept={"nondeterministic": "sampling is wanted"}), tmp_path)
     assert proved.names == ["branch-on-shape"]

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tritonbuild import cases
+from tritonbuild import cases, compare
+from tritonbuild.compare import Tolerance
 from tritonbuild.diagnose import TracerWarning
 from tritonbuild.draws import Source
 from tritonbuild.reference import Reference
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
     from tritonbuild.spec import ModelVersion
 
 __all__ = ["Reference", "TracerWarning", "Verdict", "example", "prove", "report", "signature"]
+
+_HARDLY = 4.0
+"""An output that moves by less than so many tolerances between inputs hides errors."""
+
+_LITTLE = "this proves little; load trained weights"
 
 _ALONE = frozenset({"nondeterministic", "training-mode", "state", "eager-fails", "outputs-change"})
 """Hazards of eager after which a comparison with the TorchScript says nothing."""
@@ -112,6 +118,7 @@ def prove(
     unique.sort(key=lambda hazard: hazard.hazard == "unproved")  # first what was seen to be wrong
     sensitive = [f"output {name} is sensitive to rounding" for name in sorted(reference.sensitive)]
     failing = [hazard for hazard in unique if hazard.hazard not in accepted]
+    constant, hollow = ([], []) if failing else _unmoved(reference)
     return Verdict(
         passed=not failing,
         hazards=failing,
@@ -120,9 +127,40 @@ def prove(
         cases=len(trial.compared),
         max_abs_error=trial.errors,
         seconds=time.perf_counter() - started,
-        notes=[*reference.notes, *trial.notes, *sensitive],
-        cuts=[*trial.cuts, *reference.cuts],
+        notes=[*reference.notes, *trial.notes, *sensitive, *constant],
+        cuts=[*hollow, *trial.cuts, *reference.cuts],
     )
+
+
+def _unmoved(reference: Reference) -> tuple[list[str], list[str]]:
+    """Return what to note of outputs that never move, and of those that hardly do: errors could not be seen in them.
+
+    With weights that nobody has trained, norms may drive each input to the same answer. If nothing moves, all of that
+    is told as the second kind.
+    """
+    allowed = reference.tolerance
+    loose = Tolerance(_HARDLY * allowed.rtol, _HARDLY * allowed.scaled, _HARDLY * allowed.atol)
+    answers = [found for case in reference.cases if (found := reference.outputs(case)) is not None]
+    constant: list[str] = []
+    hollow: list[str] = []
+    for i, name in enumerate(reference.output_names):
+        first: dict[torch.Size, Tensor] = {}
+        pairs = [
+            (one, found[i]) for found in answers if (one := first.setdefault(found[i].shape, found[i])) is not found[i]
+        ]
+        differences = (compare.difference(one, other, loose) for one, other in pairs)
+        # NaN comes through any weights, and says nothing of the values.
+        if not pairs or any(difference and difference.kind == "values" for difference in differences):
+            continue
+        moved = max(compare.largest_error(one, other) for one, other in pairs)
+        limit = allowed.atol + (allowed.rtol + allowed.scaled) * max(compare.largest(one) for one, _ in pairs)
+        if not moved:
+            constant.append(f"output {name} is the same for all inputs")
+        elif moved < _HARDLY * limit:
+            hollow.append(f"output {name} moves by {moved:.2g} between inputs, its tolerance is {limit:.2g}: {_LITTLE}")
+    if len(constant) + len(hollow) == len(reference.output_names):
+        return [], [*hollow, *(f"{text}: {_LITTLE}" for text in constant)]
+    return constant, hollow
 
 
 def signature(version: ModelVersion, reference: Reference, argument_names: Sequence[str]) -> dict[str, Any]:
