@@ -203,7 +203,7 @@ def test_chance_that_only_training_has_is_not_blamed(project: Project) -> None:
     """
     declared = project.declare(source, inputs={"x": ["batch", 3]}, trace={"method": "script"})
     text, _ = failed(declared, ProofError)
-    assert text.startswith("trace m/1: differs: case batch=")
+    assert text.startswith("trace m/1: asks-if-traced: case batch=")
 
 
 def test_where_no_way_passes_each_is_named(project: Project) -> None:
