@@ -163,6 +163,13 @@ def test_all_sizes_and_many_values_are_compared(tmp_path: Path) -> None:
     assert proved.names == []
     assert proved.verdict.cuts == []
     assert proved.verdict.cases >= 64
+
+
+def test_nothing_is_missing_where_values_were_tried_at_joint_sizes_too(tmp_path: Path) -> None:
+    axes = {"t": Axis(example=6, min=1, max=12), "u": Axis(example=5, min=1, max=9)}
+    proved = Proved(Rounded, version(batch=3, axes=axes), tmp_path)
+    assert proved.names == []
+    assert proved.verdict.cuts == []
     assert {case.sizes["t"] for case in proved.reference._answers} == set(range(1, 13))
 
 

@@ -256,7 +256,7 @@ class Trial:
         for case in cases.more_sizes(self.version, _whole(reference.seen.numbers)):
             sizes.setdefault(case.axes, case)
         looked_at = {case.axes for case in self.compared}
-        before, total = len(self.compared), len(sizes.keys() | looked_at)
+        before, wanted = len(self.compared), sizes.keys() | looked_at
         longest_s = max(0.5, 4 * reference.forward_s, budget_s / 4)
         started, spent = time.perf_counter(), 0.0
         draws = itertools.islice(cases.more_draws(self.version), 4 * _OTHERWISE_ENOUGH)
@@ -274,8 +274,9 @@ class Trial:
             if mismatches:
                 return mismatches
         compared = len(self.compared)
-        if compared >= _OTHERWISE_ENOUGH and len(looked_at) == total:
+        if compared >= _OTHERWISE_ENOUGH and wanted <= looked_at:
             return []
+        total = len(wanted | looked_at)  # values were tried at joint sizes, too
         each_s = spent / max(1, compared - before)
         budget = f"budget_s: {budget_s:g}; all take about {each_s * max(total, _OTHERWISE_ENOUGH):.0f} s"
         found = f"{compared} cases at {len(looked_at)} of {total} sizes were compared ({budget})"
