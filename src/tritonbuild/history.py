@@ -8,6 +8,7 @@ moves, or the model raises, its answer depends on its history, which differs bet
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from tritonbuild import hazards, memory
+from tritonbuild import cases, hazards, memory
 from tritonbuild.draws import PLAIN
 
 if TYPE_CHECKING:
@@ -73,9 +74,21 @@ def _histories(reference: Reference, case: Case) -> Iterator[tuple[tuple[str, li
     for other in others:
         yield (f"after a call with {other}", [other]), case
         yield (f"after a call with {case}", [case]), other
+    for one, two in _exchanged(reference):
+        yield (f"after a call with {one}", [one]), two
     if reference.forward_s < 0.05:
         yield (f"after {_REPEATS} calls", [case] * _REPEATS), case
         yield ("after other calls", others), case
+
+
+def _exchanged(reference: Reference) -> Iterator[tuple[Case, Case]]:
+    """Yield pairs of cases with two sizes exchanged: a cache that knows the product alone takes one for the other."""
+    axes = reference.version.all_axes
+    for one, two in itertools.islice(itertools.combinations(axes, 2), _OTHERS):
+        shared = [size for size in cases.all_sizes(axes[one])[:256] if size in cases.all_sizes(axes[two])][:2]
+        pair = [{**reference.planned[0].sizes, one: a, two: b} for a, b in itertools.permutations(shared, 2)]
+        if len(pair) == 2 and all(reference.cheap(sizes) for sizes in pair):
+            yield cases.case(pair[0]), cases.case(pair[1])
 
 
 def _ahead(reference: Reference, touched: Sequence[str]) -> str | None:

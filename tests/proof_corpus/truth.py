@@ -166,6 +166,12 @@ class Run:
             last = call(module, self.inputs)
         return not equal(first, last)
 
+    def differs_after_other(self, two: Sequence[Sequence[Tensor]]) -> bool:
+        """Return whether the second inputs get another answer from a module that has run on the first."""
+        module = self.build()
+        call(module, two[0])
+        return not equal(call(module, two[1]), call(self.build(), two[1]))
+
     def differs_among_seeds(self, seeds: int) -> bool:
         """Return whether the output changes with the seed of the global generators."""
         module = self.build()
