@@ -11,7 +11,7 @@ import time
 from collections import deque
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy
 import pytest
@@ -327,3 +327,69 @@ def test_chance_that_reaches_the_output_is_found_however_rare(forward: Any) -> N
 )
 def test_chance_that_does_not_reach_the_output_is_no_hazard(forward: Any) -> None:
     assert reached(forward) is None
+
+
+def test_what_copies_share_is_put_back() -> None:
+    class Net(nn.Module):
+        size: int | None = None
+        table: ClassVar[dict[str, list[int]]] = {"kept": [1]}
+        bias = torch.zeros(2)
+
+        def forward(self, x: torch.Tensor, seen: list[int] = []) -> torch.Tensor:  # noqa: B006
+            Net.size = len(x)
+            Net.late = True  # type: ignore[attr-defined]
+            Net.table["kept"].append(2)
+            Net.table["new"] = []
+            Net.bias += 1
+            seen.append(1)
+            _GLOBAL.append(1)
+            return x
+
+    module, before_all = Net(), [*_GLOBAL]
+    shared, before = memory.Shared(module), memory.state(module)
+    module(torch.ones(3))
+    touched = memory.changed(before, memory.state(module))
+    assert {name.rpartition(".")[2] for name in touched} >= {"size", "late", "table", "bias", "forward", "_GLOBAL"}
+
+    shared.restore(touched)
+
+    assert (Net.size, hasattr(Net, "late"), Net.table, Net.bias.tolist()) == (None, False, {"kept": [1]}, [0, 0])
+    assert Net.forward.__defaults__ == ([],)
+    assert before_all == _GLOBAL
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [lambda: torch.rand(1), lambda: numpy.random.rand(), random.random, lambda: random.gauss(0, 1), torch.seed],
+)
+def test_a_draw_after_seeding_is_noticed(draw: Any) -> None:
+    memory.seed_all(5)
+    assert not memory.drawn(5)
+    torch.ones(3).sum()
+    assert not memory.drawn(5)
+    draw()
+    assert memory.drawn(5)
+
+
+def test_a_variable_reaches_an_output_or_does_not() -> None:
+    def reached(forward: Any, texts: tuple[str, ...] = ()) -> str | None:
+        return chance.environment_reaches(
+            lambda *_: (torch.tensor(forward(os.environ)),), lambda a, b: torch.equal(a[0], b[0]), ["OF_A_TEST"], texts
+        )
+
+    text = "outputs differ when the environment variable OF_A_TEST is"
+    assert reached(lambda env: float(env.get("OF_A_TEST", 1))) == f"{text} '0'"
+    assert reached(lambda env: env.get("OF_A_TEST") == "sum", ("max", "sum")) == f"{text} 'sum'"
+    assert reached(lambda env: env.get("OF_A_TEST") == "sum") is None
+    assert reached(lambda env: len(env.get("OF_A_TEST", "")) < 99) is None
+    assert "OF_A_TEST" not in os.environ
+
+
+def test_a_later_date_reaches_an_output() -> None:
+    def reached(forward: Any) -> str | None:
+        return chance.clock_reaches(
+            lambda *_: (torch.tensor(forward()),), lambda a, b: torch.equal(a[0], b[0]), {__file__}
+        )
+
+    assert reached(lambda: date.today().toordinal()) == "outputs differ when the call is made 3.4992e+06 s later"  # noqa: DTZ011
+    assert reached(lambda: isinstance(datetime.now(), datetime)) is None  # noqa: DTZ005

@@ -141,7 +141,7 @@ class Reference:
         inputs = self.inputs(case)
         unchanged = calls.Unchanged(inputs)
         found = self.attempt(self.usable(), inputs)
-        if memory.drawn(calls.SEED):
+        if not isinstance(found, Failure) and memory.drawn(calls.SEED):
             self._drawn.append(case)
         which = unchanged.broken(inputs)
         if which is not None and self._mutated is None:

@@ -414,3 +414,11 @@ class EnvironmentRead(nn.Module):
         if os.environ.get("DEBUG_OF_THIS_TEST"):
             print(time.strftime("%H:%M:%S"), datetime.datetime.now(), x.shape)  # noqa: DTZ005
         return x * 2
+
+
+@right(x="float32 batch 8")
+class DrawsAndRefuses(nn.Module):
+    def forward(self, x):
+        if not torch.isfinite(x).all():
+            raise ValueError(f"not finite: try {torch.rand(8)}")
+        return x * 2
