@@ -10,6 +10,7 @@ Source: the PyTorch backend's handling of outputs, measured on it; DESIGN sectio
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,8 @@ _NEIGHBOURS = ("zeros", "high", "low", "large", "ones", "prefix")
 
 _FURTHER_S = 0.1
 _DECIDES_S = 1.0
-"""Seconds for rows beside rare others: in general, and where values leave torch for Python."""
+_LEAST = 12
+"""Seconds for rows beside rare others: in general, and where values leave torch for Python; tried anyhow."""
 
 
 def structure(
@@ -157,25 +159,28 @@ def further(reference: Reference, names: Sequence[str], searched: Sequence[Case]
     largest = {name: cases.all_sizes(axis)[-1] for name, axis in reference.version.all_axes.items()}
     if decides and reference.cheap({**largest, "batch": sizes["batch"]}, limit_s=_DECIDES_S / 20):
         pairs = itertools.chain(pairs, _neighbours(reference, {**largest, "batch": sizes["batch"]}, ()))
-    for one, two in pairs:
-        if time.perf_counter() - started > limit_s:
-            return
+    for tried, (one, two) in enumerate(pairs):
+        if tried >= _LEAST and time.perf_counter() - started > limit_s:
+            break
         hazard = _beside(reference, names, one, two)
         if hazard:
             yield hazard
             return
-    for case in reference.cases:
+    largest_first = sorted(reference.cases, key=lambda case: -math.prod(case.sizes.values()))
+    for tried, case in enumerate(largest_first):
         batch = case.sizes["batch"]
         if batch == 1 or case.draw != PLAIN or {**case.sizes, "batch": 1} == {**example, "batch": 1}:
             continue
         whole = reference.answer(case)
-        if not isinstance(whole, tuple) or not reference.cheap(case.sizes, limit_s=_FURTHER_S / 10):
+        if not _has_rows(whole, names) or not reference.cheap(case.sizes, limit_s=_FURTHER_S):
             continue
-        if time.perf_counter() - started > 2 * limit_s:
+        if tried >= _LEAST and time.perf_counter() - started > 2 * limit_s:
             return
         alone = [tensor[-1:].contiguous() for tensor in reference.inputs(case)]
         found = reference.attempt(reference.usable(), alone)
-        hazard = _compared(reference, names, case, batch - 1, "alone", (whole, found, 0)) if _is(found) else None
+        if not _has_rows(found, names):
+            continue
+        hazard = _compared(reference, names, case, batch - 1, "alone", (whole, found, 0))
         if hazard:
             yield hazard
             return
@@ -205,15 +210,18 @@ def _beside(reference: Reference, names: Sequence[str], case: Case, other: Seque
     whole = reference.answer(case)
     mixed = [torch.cat([tensor[:-1], row[-1:]]) for tensor, row in zip(reference.inputs(case), other, strict=True)]
     found = reference.attempt(reference.usable(), mixed)
-    if not _is(whole) or not _is(found):
+    if not _has_rows(whole, names) or not isinstance(found, tuple):
         return None
+    if not _has_rows(found, names):
+        text = "beside other rows, the outputs are others in number or rank"
+        return hazards.found("rows-mixed", text, case=str(case))
     rows = range(min(case.sizes["batch"] - 1, 2))
     compared = (_compared(reference, names, case, row, "beside other rows", (whole, found, row)) for row in rows)
     return next((hazard for hazard in compared if hazard), None)
 
 
-def _is(answer: Answer) -> TypeGuard[tuple[Tensor, ...]]:
-    return isinstance(answer, tuple)
+def _has_rows(answer: Answer, names: Sequence[str]) -> TypeGuard[tuple[Tensor, ...]]:
+    return isinstance(answer, tuple) and len(answer) == len(names) and all(output.dim() for output in answer)
 
 
 def _compared(

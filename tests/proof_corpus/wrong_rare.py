@@ -83,3 +83,13 @@ class ScaledWhenBytes(nn.Module):
         if bool(x.max() > 1.0):
             return x / 255
         return x
+
+
+@wrong("rows-mixed", method="script", x="float32 batch 8 in 0 255", by=_beside_bytes)
+class AnotherRankWhenBytes(nn.Module):
+    def forward(self, x):
+        if bool(x.max() > 1.0) and bool(x.min() == 1.0):
+            return x.sum()
+        if bool(x.max() > 1.0):
+            return x / 255
+        return x
