@@ -411,6 +411,28 @@ def test_a_process_that_dies_while_it_loads(models: Path, tmp_path: Path, monkey
         running.load("b")
 
 
+def test_a_server_that_ends_while_it_loads(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def kill() -> None:
+        assert eventually(lambda: len(named(tmp_path, "triton_python_backend_stub")) > 0)
+        next(process for process, line in processes(tmp_path) if line[0].endswith("tritonserver")).kill()
+
+    with server.embedded(models, tmp_path / "build") as running:
+        assert not running.has_ended()
+        killer = threading.Thread(target=kill)
+        killer.start()
+        with pytest.raises(ServerError) as caught:
+            running.load("a")
+        killer.join()
+        assert running.has_ended()
+
+    lines = str(caught.value).split("\n")
+    assert lines[0] == "load a: tritonserver itself ended while it loaded the model; the last lines of its log follow"
+    assert "    tritonserver ended with status 137" in lines
+    assert lines[-1] == f"    log: build/log/server-{os.getpid()}.log"
+
+
 def test_models_that_do_not_fit_are_loaded_one_after_the_other(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

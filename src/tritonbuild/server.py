@@ -82,6 +82,10 @@ class Server:
             found = "it has the model, but has not loaded it" if rows else f"its models are: {known}"
             raise ServerError(f"load {model}", f"the server at {self.url} does not serve this model; {found}")
 
+    def has_ended(self) -> bool:
+        """Return whether the server was ours and ended by itself."""
+        return False
+
     def unload(self, *models: str) -> None:
         """Free what models hold. A server that is not ours keeps its models."""
 
@@ -91,8 +95,9 @@ class Server:
 
 
 class _Embedded(Server):
-    def __init__(self, url: str, log: Path, repository: Path) -> None:
+    def __init__(self, url: str, log: Path, repository: Path, process: subprocess.Popen[bytes]) -> None:
         super().__init__(url, "embedded", log)
+        self._process = process
         self._path = log
         self._repository = repository
         self._loaded: list[str] = []
@@ -116,6 +121,15 @@ class _Embedded(Server):
             for model in wave:
                 if model in self._failures:
                     raise self._failures[model]
+
+    def has_ended(self) -> bool:
+        with contextlib.suppress(ServerError):
+            self.get("/v2/health/live")
+            return False
+        deadline = time.monotonic() + 5
+        while self._process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self._process.poll() is not None
 
     def unload(self, *models: str) -> None:
         for model in models:
@@ -156,6 +170,10 @@ class _Embedded(Server):
         try:
             _ask(self.url, f"/v2/repository/models/{model}/load", {}, _LOAD_TIMEOUT_S)
         except ServerError as error:
+            if self.has_ended():
+                what = "tritonserver itself ended while it loaded the model; the last lines of its log follow"
+                lines = [line for line in _lines(self._path, logged) if not re.match(r"\s*\d+# ", line)]
+                return ServerError(f"load {model}", what, *lines[-6:], f"log: {shown(self._path)}")
             rows = [row for row in _ask(self.url, "/v2/repository/index", {}) if row["name"] == model]
             for row in _failed(rows):
                 return self._failure(f"load {model}/{row['version']}", _reason(row["reason"]))
@@ -195,7 +213,7 @@ def embedded(repository: Path, build_dir: Path) -> Iterator[Server]:
         logged = log.stat().st_size
         with tritonserver(repository, build_dir, name, int(url.split(":")[1]), log) as process:
             if _came_up(process, name, url, log, logged):
-                yield _Embedded(url, log, repository)
+                yield _Embedded(url, log, repository, process)
                 return
     raise ServerError("server", "five free ports in a row were taken by others before the server had them")
 

@@ -165,7 +165,9 @@ class ServerChoice:
         return parts
 
     def get(self) -> Any:
-        """Return the running server."""
+        """Return the running server; one that ended by itself is started again."""
+        if self._running is not None and self._running.has_ended():
+            self.stop()
         if self._running is None:
             from tritonbuild import server
 
@@ -192,16 +194,19 @@ class ServerChoice:
         in a process of its own, which takes longer than the smoke test. What does not load, its own test tells.
         """
         running = self.get()
+        if self.kind != "embedded" or model in self._asked:
+            return running
+        wave = [model]
         # Of `doit -n`, neither a process nor a thread knows what the others do next.
         one_of_many = multiprocessing.parent_process() or threading.current_thread() is not threading.main_thread()
-        if self.kind == "embedded" and Reporter.everything and not one_of_many and model not in self._asked:
+        if Reporter.everything and not one_of_many:
             names = list(self._expected)
             following = names[names.index(model) + 1 :]
-            wave = [model, *itertools.takewhile(self._is_due, following[: len(os.sched_getaffinity(0)) - 1])]
-            self._asked.update(wave)
-            with contextlib.suppress(ServerError):
-                running.load(*wave)
-        return running
+            wave += itertools.takewhile(self._is_due, following[: len(os.sched_getaffinity(0)) - 1])
+        self._asked.update(wave)
+        with contextlib.suppress(ServerError):
+            running.load(*wave)
+        return self.get()  # another one, if that ended it: a warm-up that fails sometimes does
 
     def _is_due(self, model: str) -> bool:
         memory = state.current()
