@@ -252,11 +252,17 @@ def test_a_search_that_time_ended_says_for_what_it_was(tmp_path: Path, monkeypat
             assert x.min() > 0
             return x
 
-    monkeypatch.setattr("tritonbuild.trial._SEARCH_S", 0.0)
-    proved = Proved(Escapes, version(axes={"t": Axis(example=6, min=2, max=12)}), tmp_path)
+    axes = {"t": Axis(example=6, min=2, max=12)}
+    proved = Proved(Escapes, version(axes=axes, budget_s=1e-9), tmp_path)
     assert proved.verdict.passed
     [cut] = proved.verdict.cuts
     where = f"tests/test_questions.py:{Escapes.forward.__code__.co_firstlineno + 2}"
-    assert re.fullmatch(
-        rf"\d further cases were tried for the value that leaves torch at {where}, then time ended \(\d+\.\d s\)", cut
-    )
+    said = rf"\d further cases were tried for the value that leaves torch at {where}, then time ended \(\d+\.\d s\)"
+    assert re.fullmatch(said, cut)
+    # Where not the declared budget ended it, nothing is said aloud.
+    monkeypatch.setattr("tritonbuild.trial._SEARCH_S", 0.0)
+    proved = Proved(Escapes, version(axes=axes), tmp_path)
+    assert proved.verdict.passed
+    assert proved.verdict.cuts == []
+    [note] = [note for note in proved.verdict.notes if "further cases" in note]
+    assert re.fullmatch(said, note)

@@ -279,7 +279,7 @@ class Slow(Linear):
 
 
 def test_time_cuts_what_is_planned_beyond_the_kept_cases_and_says_so(tmp_path: Path) -> None:
-    proved = Proved(Slow, version(cases=3, budget_s=0.05), tmp_path)
+    proved = Proved(Slow, version(cases=3, budget_s=0.01), tmp_path)
     assert proved.verdict.passed
     assert 3 <= proved.verdict.cases < 12
     assert any(re.fullmatch(r"time ended the planned cases after \d+ of \d+", note) for note in proved.verdict.notes)

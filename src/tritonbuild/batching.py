@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from tritonbuild import cases, compare, hazards
+from tritonbuild.calls import Watch
 from tritonbuild.draws import PLAIN
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def further(reference: Reference, names: Sequence[str], searched: Sequence[Case]
     quantized = any("quantized.dynamic" in type(part).__module__ for part in reference.usable().modules())
     if not batches or quantized or not (affordable or decides):
         return
-    started = time.perf_counter()
+    watch = Watch()
     limit_s = _DECIDES_S if decides else _FURTHER_S
     sizes = {**example, "batch": (affordable or batches)[-1]}
     pairs = _neighbours(reference, sizes, searched if decides else ())
@@ -160,7 +160,7 @@ def further(reference: Reference, names: Sequence[str], searched: Sequence[Case]
     if decides and reference.cheap({**largest, "batch": sizes["batch"]}, limit_s=_DECIDES_S / 20):
         pairs = itertools.chain(pairs, _neighbours(reference, {**largest, "batch": sizes["batch"]}, ()))
     for tried, (one, two) in enumerate(pairs):
-        if tried >= _LEAST and time.perf_counter() - started > limit_s:
+        if tried >= _LEAST and watch.s > limit_s:
             break
         hazard = _beside(reference, names, one, two)
         if hazard:
@@ -174,7 +174,7 @@ def further(reference: Reference, names: Sequence[str], searched: Sequence[Case]
         whole = reference.answer(case)
         if not _has_rows(whole, names) or not reference.cheap(case.sizes, limit_s=_FURTHER_S):
             continue
-        if tried >= _LEAST and time.perf_counter() - started > 2 * limit_s:
+        if tried >= _LEAST and watch.s > 2 * limit_s:
             return
         alone = [tensor[-1:].contiguous() for tensor in reference.inputs(case)]
         found = reference.attempt(reference.usable(), alone)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,21 @@ class Failure:
 
 
 Answer = tuple[Tensor, ...] | Failure
+
+
+class Watch:
+    """How long a search has lasted, for limits of our own: what it finds must not depend on what else a machine does.
+
+    Counted is the work of this thread; a wait, for a GPU or for other programs, counts for a quarter.
+    """
+
+    def __init__(self) -> None:
+        self._worked, self._passed = time.thread_time(), time.perf_counter()
+
+    @property
+    def s(self) -> float:
+        """Seconds."""
+        return max(time.thread_time() - self._worked, (time.perf_counter() - self._passed) / 4)
 
 
 @contextlib.contextmanager

@@ -339,7 +339,7 @@ class Reference:
     def _sweep(self) -> Hazard | None:
         """Run eager on the planned cases; return the first declared input for which it raises."""
         kept = self.version.trace.cases
-        started = time.perf_counter()
+        watch = calls.Watch()
         limit_s = math.inf
         telling = min(kept, 6 + 4 * len(self.version.all_axes))
         essential = cases.essential_sizes(self.version)
@@ -347,7 +347,7 @@ class Reference:
         fails: Hazard | None = None
         self._ran = []
         for i, case in enumerate(self.planned):
-            spent = time.perf_counter() - started
+            spent = watch.s
             if i == kept:
                 limit_s = min(self.version.trace.budget_s, max(_EXTRA_S, spent / 4)) + spent
             over = (i >= kept and (spent > limit_s or self.dear)) or (i >= telling and spent > _KEPT_S)

@@ -218,16 +218,17 @@ class Trial:
         if reference.seen.escapes:
             streams += [cases.more_values(self.version, numbers, reference.source.bounds), climb.found(reference)]
         most, limit_s = (_SEARCH_CASES, _SEARCH_S) if suspicious else (_LOOK_CASES, _LOOK_S)
+        # What the declared budget cuts is said aloud; our own limit is part of what a proof is.
+        cuts = self.cuts if self.version.trace.budget_s < limit_s else self.notes
         limit_s = min(self.version.trace.budget_s, limit_s)
         done = set(reference.cases) | self.compared
         before = len(self.compared)
-        started = time.perf_counter()
+        watch = calls.Watch()
         for tried, case in enumerate(_in_turn(streams)):
-            spent = time.perf_counter() - started
-            if tried >= most or (spent > limit_s and (tried >= _SEARCH_LEAST or not suspicious)):
+            if tried >= most or (watch.s > limit_s and (tried >= _SEARCH_LEAST or not suspicious)):
                 if suspicious:
-                    text = f"further cases were tried for {suspicious}, then time ended ({spent:.1f} s)"
-                    self.cuts.append(f"{len(self.compared) - before} {text}")
+                    text = f"further cases were tried for {suspicious}, then time ended ({watch.s:.1f} s)"
+                    cuts.append(f"{len(self.compared) - before} {text}")
                 break
             if case in done or not reference.cheap(case.sizes, limit_s=max(0.5, 4 * reference.forward_s)):
                 continue
