@@ -68,6 +68,11 @@ def pipeline() -> Pipeline:
     return loaded
 
 
+@cache
+def _same() -> str:
+    return parts.same_while(pipeline())
+
+
 def task_check() -> dict[str, Any]:
     """check pipeline.yaml; every command does, this one says what is declared"""
     declared = pipeline()
@@ -80,9 +85,8 @@ def task_check() -> dict[str, Any]:
 def task_trace() -> Iterator[dict[str, Any]]:
     """trace a model version in a child of its own and prove that it equals eager"""
     declared = pipeline()
-    same = parts.same_while(declared)
     for version in declared.all_versions():
-        yield _trace(declared, version, same)
+        yield _trace(declared, version, _same())
 
 
 def _trace(declared: Pipeline, version: ModelVersion, same: str) -> dict[str, Any]:
@@ -102,9 +106,8 @@ def _trace(declared: Pipeline, version: ModelVersion, same: str) -> dict[str, An
 def task_config() -> Iterator[dict[str, Any]]:
     """write a model's config.pbtxt from its declaration and its measured signature"""
     declared = pipeline()
-    same = parts.same_while(declared)
     for name in declared.models:
-        yield _config(declared, name, same)
+        yield _config(declared, name, _same())
 
 
 def _config(declared: Pipeline, name: str, same: str) -> dict[str, Any]:

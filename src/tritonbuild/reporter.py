@@ -86,7 +86,8 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
 
     def execute_task(self, task: Task) -> None:
         """Show the task that starts."""
-        state.current().files.something_runs()
+        if task.actions:  # a group such as `trace` has none
+            state.current().files.something_runs()
         super().execute_task(task)
         self.outstream.flush()
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pydantic_core import ErrorDetails
+    from typing_extensions import Self
 
     from tritonbuild.yamlfile import Location, Problem
 
@@ -40,6 +41,10 @@ class _Frozen(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Return the same: pydantic copies a default for every model, and what is frozen may be shared."""
+        return self
 
 
 class Axis(_Frozen):
