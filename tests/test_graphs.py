@@ -100,10 +100,8 @@ def test_operators_that_a_server_needs_more_for() -> None:
 
     found = graph(lambda x: twice(x))
     assert [node.kind for node in found.custom()] == ["graphs::twice"]
-    assert not found.needs_torchvision()
     boxes = graph(lambda x: torchvision.ops.nms(x, x[:, 0], 0.5))
     assert boxes.custom() == []
-    assert boxes.needs_torchvision()
     plain = graph(lambda x: F.conv1d(x[None], torch.ones(3, 2, 1)).softmax(-1))
     assert plain.custom() == []
     assert "aten::softmax" in plain.operators

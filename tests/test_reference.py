@@ -473,7 +473,8 @@ def test_a_model_that_raises_for_its_example_fails_and_our_own_errors_pass_throu
 
     reference = Reference(version(), Raises, "cpu", tmp_path)
     [hazard] = reference.hazards_of_eager
-    assert str(hazard) == "eager-fails: case batch=2 draw=plain seed=0: KeyError: 'word'"
+    line = f"tests/test_reference.py:{Raises.forward.__code__.co_firstlineno + 1}"
+    assert str(hazard) == f"eager-fails: case batch=2 draw=plain seed=0: {line}: KeyError: 'word'"
     Raises.error = TraceError
     with pytest.raises(TraceError):
         _ = Reference(version(), Raises, "cpu", tmp_path).hazards_of_eager

@@ -7,7 +7,9 @@ import json
 import os
 import re
 import signal
+import threading
 import uuid
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 import psutil
@@ -71,6 +73,21 @@ def test_a_server_at_an_address_that_does_not_answer(project: Callable[[dict[str
     assert ran.code == 1
     assert "Traceback" not in ran.out
     assert "127.0.0.1:1" in ran.out
+
+
+def test_a_server_that_is_not_triton(project: Callable[[dict[str, str]], Project]) -> None:
+    """What it answers, a page of HTML, is not shown."""
+    made = project({"pipeline.yaml": PIPELINE})
+    web = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    try:
+        url = f"127.0.0.1:{web.server_address[1]}"
+        ran = made.doit(f"server={url}", "smoke:quick/2")
+    finally:
+        web.shutdown()
+    assert ran.code == 1
+    assert f"!! server {url}: /v2 was answered 404: is this a Triton server?\n" in ran.out
+    assert "<" not in ran.out
 
 
 def test_image_without_an_engine_is_left_out_in_one_line(project: Callable[[dict[str, str]], Project]) -> None:

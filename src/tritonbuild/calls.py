@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tritonbuild import memory
+from tritonbuild.monitors import Site, first_party
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +30,11 @@ SEED = 0x5EED
 
 @dataclass(frozen=True)
 class Failure:
-    """What a call raised; `memory` when only memory was short."""
+    """What a call raised; `memory` when only memory was short; the line of model code that it came from."""
 
     text: str
     memory: bool = False
+    where: Site | None = None
 
 
 Answer = tuple[Tensor, ...] | Failure
@@ -75,7 +78,10 @@ def failure(error: BaseException) -> Failure:
     lines = text.splitlines() or [""]
     # TorchScript puts the tracebacks of its own code in front of the reason.
     line = lines[-1] if "TorchScript interpreter" in text else lines[0]
-    return Failure(line if "Error: " in line else f"{type(error).__name__}: {line}".rstrip(": "), short)
+    frames = [(frame.f_code.co_filename, at) for frame, at in traceback.walk_tb(error.__traceback__)]
+    own = [Site(file, at) for file, at in frames if first_party(file)]
+    said = line if "Error: " in line else f"{type(error).__name__}: {line}".rstrip(": ")
+    return Failure(said, short, own[-1] if own else None)
 
 
 def eager(module: Callable[..., Any], inputs: Sequence[Tensor], device: str, seed: int = SEED) -> tuple[Tensor, ...]:

@@ -194,7 +194,7 @@ def found(reference: Reference, case: Case, seen: Observation, *, drew: bool) ->
         drew: Whether it moves a global random generator.
     """
     random = called_random(seen)
-    where = str(random[0][1]) if random and random[0][1] else ""
+    where = random[0][1] if random else None
     name = "training-mode" if seen.dropout and not seen.random else "nondeterministic"
     again = [reference.attempt(reference.usable(), reference.inputs(case)) for _ in range(2)]
     first = reference.outputs(case)

@@ -219,4 +219,4 @@ def _unexplained(evidence: Evidence, mismatch: Mismatch) -> Hazard:
 def _named(name: str, mismatch: Mismatch, site: Site | None) -> Hazard:
     call = "" if mismatch.alone else f"call {mismatch.call}: "
     output = f"output {mismatch.output}: " if mismatch.output else ""
-    return hazards.found(name, f"{call}{output}{mismatch.text}", case=str(mismatch.case), where=str(site or ""))
+    return hazards.found(name, f"{call}{output}{mismatch.text}", case=str(mismatch.case), where=site)

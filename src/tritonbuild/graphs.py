@@ -104,10 +104,6 @@ class Graph:
         """Nodes that call an operator from outside PyTorch and torchvision."""
         return [node for node in self.nodes if node.kind.split("::")[0] not in _BUILT_IN and not self._vision(node)]
 
-    def needs_torchvision(self) -> bool:
-        """Return whether a server without torchvision cannot load the model."""
-        return any(self._vision(node) for node in self.nodes)
-
     def branches(self) -> bool:
         """Return whether what is run may depend on values: there are branches or loops."""
         return not {"prim::If", "prim::Loop"}.isdisjoint(self.operators)

@@ -8,7 +8,10 @@ pipeline.yaml stays fast.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from tritonbuild.monitors import Site
 
 
 class Meaning(NamedTuple):
@@ -172,6 +175,6 @@ class Hazard:
         return asdict(self)
 
 
-def found(name: str, detail: str, *, case: str = "", where: str = "") -> Hazard:
-    """Return a hazard with the way out that the list gives for it."""
-    return Hazard(name, case, where, detail, HAZARDS[name].way_out)
+def found(name: str, detail: str, *, case: str = "", where: Site | str | None = None) -> Hazard:
+    """Return a hazard with the way out that the list gives for it, and the line where one is known."""
+    return Hazard(name, case, str(where or ""), detail, HAZARDS[name].way_out)

@@ -289,7 +289,8 @@ class Reference:
         except BuildError:
             raise
         except Exception as error:  # noqa: BLE001
-            return [hazards.found("eager-fails", calls.failure(error).text, case=str(first))]
+            raised = calls.failure(error)
+            return [hazards.found("eager-fails", raised.text, case=str(first), where=raised.where)]
         repeated = self._repeated()
         found = [repeated] if repeated else []
         fails = self._sweep()
@@ -374,7 +375,7 @@ class Reference:
             elif found.memory:
                 self.cut(f"case {case} was left out: {found.text}")
             elif self._declared(case, found):
-                fails = fails or hazards.found("eager-fails", found.text, case=str(case))
+                fails = fails or hazards.found("eager-fails", found.text, case=str(case), where=found.where)
             else:
                 self.note(f"case {case} was left out: eager refuses its values: {found.text}")
         if ended:
@@ -394,5 +395,5 @@ class Reference:
     def _mutation(self, case: Case, which: int) -> Hazard:
         name = list(self.version.inputs)[which]
         lines = [site for i, site in self.observe(case).in_place if i == which]
-        where = str(lines[0]) if lines and lines[0] else ""
-        return hazards.found("input-mutation", f"input {name} is changed in place", case=str(case), where=where)
+        detail = f"input {name} is changed in place"
+        return hazards.found("input-mutation", detail, case=str(case), where=lines[0] if lines else None)

@@ -254,10 +254,10 @@ def _ask(url: str, path: str, body: dict[str, Any] | None = None, timeout_s: flo
             text = answer.read()
         return json.loads(text) if text else None
     except urllib.error.HTTPError as error:
-        said = error.read().decode(errors="replace")
+        said = "is this a Triton server?"
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            said = json.loads(said)["error"]
-        raise ServerError(f"server {url}", f"{path} was answered {error.code}: {said.strip()}") from None
+            said = str(json.loads(error.read())["error"]).strip()
+        raise ServerError(f"server {url}", f"{path} was answered {error.code}: {said}") from None
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise ServerError(

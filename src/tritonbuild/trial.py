@@ -129,7 +129,7 @@ class Trial:
     def _read(self) -> Iterator[Hazard]:
         """Yield what the server cannot load, and note what a person should know."""
         for node in self.graph.custom()[:1]:
-            yield hazards.found("custom-operator", f"the TorchScript calls {node.kind}", where=str(node.site or ""))
+            yield hazards.found("custom-operator", f"the TorchScript calls {node.kind}", where=node.site)
         for operator, since, unconfirmed in releases.lacking(self.version.triton, self.graph.operators):
             text = f"{operator} came with PyTorch {since}, release {self.version.triton} has an older one"
             if unconfirmed:
@@ -150,7 +150,7 @@ class Trial:
                 continue
             if named.type == "cuda" and kind == "cpu":
                 yield hazards.found(
-                    "frozen-device", f"the TorchScript names {name}, it is served on {kind}", where=str(site or "")
+                    "frozen-device", f"the TorchScript names {name}, it is served on {kind}", where=site
                 )
             elif named.type == "cuda":
                 self.notes.append(f"the TorchScript names {name}: serve it on that GPU only (instance_group gpus)")
@@ -283,7 +283,7 @@ class Trial:
         found = f"{compared} cases at {len(looked_at)} of {total} sizes were compared ({budget})"
         what, site = f"the {'trace' if self.traced else 'script'} runs other code than eager", self._questions[0].site
         if compared < _OTHERWISE_ENOUGH:
-            self._changed.append(hazards.found("unproved", f"{what}, and only {found}", where=str(site)))
+            self._changed.append(hazards.found("unproved", f"{what}, and only {found}", where=site))
         else:
             self.cuts.append(f"{what} at {site}, and {found}")
         return []
