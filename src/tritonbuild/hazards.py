@@ -8,10 +8,7 @@ pipeline.yaml stays fast.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from tritonbuild.monitors import Site
+from typing import NamedTuple
 
 
 class Meaning(NamedTuple):
@@ -175,6 +172,6 @@ class Hazard:
         return asdict(self)
 
 
-def found(name: str, detail: str, *, case: str = "", where: Site | str | None = None) -> Hazard:
-    """Return a hazard with the way out that the list gives for it, and the line where one is known."""
+def found(name: str, detail: str, *, case: str = "", where: object = None) -> Hazard:
+    """Return a hazard with the way out that the list gives for it; `where` is a line, or None."""
     return Hazard(name, case, str(where or ""), detail, HAZARDS[name].way_out)
