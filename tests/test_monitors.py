@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import sys
@@ -143,6 +144,27 @@ def test_the_line_where_two_calls_part(forward: Any, kind: str | None, line: int
         return
     assert found
     assert (found.kind, found.site.line) == (kind, forward.__code__.co_firstlineno + line)
+
+
+def test_what_the_collector_runs_is_not_the_way_of_the_model() -> None:
+    def collected(_phase: str, _info: dict[str, int]) -> None:
+        pass
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        for i in range(100):
+            x = x + len([[i]])
+        return x
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(collected)
+    gc.set_threshold(1)
+    try:
+        found = seen(forward, torch.ones(1))
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(collected)
+    assert gc.isenabled()
+    assert {code.co_name for code, _ in found.steps} == {"<lambda>", "forward"}
 
 
 def test_a_while_loop_is_a_loop_and_an_exception_is_a_branch() -> None:

@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import dis
 import functools
+import gc
 import os
 import sys
 import sysconfig
@@ -251,6 +252,9 @@ class _Steps:
 
     def __enter__(self) -> None:
         self.before = sys.gettrace()
+        # Callbacks of the collector, and `__del__` of what it finds, run where they happen to: not the model's way.
+        self.collected = gc.isenabled()
+        gc.disable()
         # Python 3.12 has opcode events only if a frame has asked for them before the tracing starts.
         sys._getframe().f_trace_opcodes = True
         self.profiled = sys.getprofile() is not None  # somebody measures us: leave that alone
@@ -262,6 +266,8 @@ class _Steps:
         sys.settrace(self.before)
         if not self.profiled:
             sys.setprofile(None)
+        if self.collected:
+            gc.enable()
         for code, names in self.codes.items():
             self.seen.numbers |= _numbers(code.co_consts)
             self.seen.numbers |= _numbers(names[name] for name in code.co_names if name in names)
