@@ -346,9 +346,7 @@ class TestImageAlone:
             assert {binding[0]["HostIp"] for binding in host["PortBindings"].values()} == {"127.0.0.1"}
             assert (host["RestartPolicy"]["Name"], host["ShmSize"], host["Memory"]) == ("unless-stopped", 2**30, 2**34)
             assert config["Healthcheck"] == inspected[1]["Config"]["Healthcheck"]  # the image's own, for podman
-            started = time.monotonic()
-            run("docker", "stop", name)  # SIGKILL after 10 s
-            assert time.monotonic() - started < 9
+            run("docker", "stop", name)  # after 10 s SIGKILL, and then the code would be 137
             assert docker.ask("inspect", "--format={{.State.ExitCode}}", name).printed == "0\n"
 
             with socket.create_server(("127.0.0.1", int(ports["TRITON_HTTP_PORT"]))):
