@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tritonbuild import actions, keys, outlines, parts, serving, spec
 from tritonbuild.state import State
@@ -343,6 +345,36 @@ def test_modules_beside_the_project_count_by_content(project: Callable[..., Proj
     clone = project({"../clone/pipeline.yaml": yaml, "../clone/dodo.py": "from tritonbuild.graph import *\n"})
     clone = type(clone)(made.root.parent / "clone")
     assert "   trace m/1: from the shared store, made in " in clone.doit("trace", PYTHONPATH=path).out
+
+
+def test_files_of_the_project_count_also_where_generated_ones_lie(project: Callable[..., Project]) -> None:
+    yaml = (
+        'triton: "26.07"\ndevice: cpu\nmodels:\n  m:\n    entry_point: models.nets:Net\n'
+        "    weights: {path: venv/w.safetensors}\n    inputs:\n      x: {dtype: float32, shape: [4]}\n"
+        "    trace: {cases: 2, budget_s: 1}\n"
+    )
+    net = (
+        "import pathlib\nimport torch\nclass Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.scale = torch.nn.Parameter(torch.ones(1))\n"
+        "        self.shift = float(pathlib.Path('models/shift').read_text())\n"
+        "    def forward(self, x):\n        return x * self.scale + self.shift\n"
+    )
+    made = project({"pipeline.yaml": yaml, "models/nets.py": net, "models/shift": "1", "venv/README": ""})
+
+    def write_weights(value: float) -> None:
+        save_file({"scale": torch.full((1,), value)}, made.root / "venv/w.safetensors")
+
+    write_weights(1.0)
+    assert made.doit("trace").code == 0
+    for what, edit in {
+        "declared weights": lambda: write_weights(2.0),
+        "a module": lambda: made.write({"models/nets.py": net.replace("x * self.scale", "x / self.scale")}),
+        "a file that it opens": lambda: made.write({"models/shift": "2"}),
+    }.items():
+        edit()
+        ran = made.doit("trace")
+        assert (ran.tasks, "from the store" in ran.out) == (["trace:m/1"], False), what
+        assert made.doit("trace").up_to_date == ["trace:m/1"], what
 
 
 # --------------------------------------------------------------------------------------------------------- outlines

@@ -226,8 +226,7 @@ def _redirect(log: str) -> None:
 def _recording(version: ModelVersion, root: Path, out: str) -> Iterator[dict[str, keys.Stamp | None]]:
     """Collect the files that are opened for reading, as they are then; an audit hook can only be silenced."""
     # Opened by code that is not Python, which no audit hook sees.
-    declared = [declared.values for declared in version.inputs.values()] + [version.weights and version.weights.path]
-    opened = {str(root / path): keys.stamp(root / path) for path in declared if path}
+    opened = {name: keys.stamp(name) for name in _declared(version, root)}
     active = True
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -245,6 +244,12 @@ def _recording(version: ModelVersion, root: Path, out: str) -> Iterator[dict[str
         yield opened
     finally:
         active = False
+
+
+def _declared(version: ModelVersion, root: Path) -> dict[str, str]:
+    """Return the files that the declaration names: as they are opened -> relative to root."""
+    paths = [declared.values for declared in version.inputs.values()] + [version.weights and version.weights.path]
+    return {str(root / path): os.path.normpath(path) for path in paths if path}
 
 
 def _announce_readers() -> None:
@@ -265,7 +270,8 @@ def _announce_readers() -> None:
     torch.jit.load = announced(torch.jit.load)
 
 
-_GENERATED = {".build", "models"}
+# What tritonbuild writes: in models/ it has folders only, so a plain file there is the project's own.
+_GENERATED = re.compile(r"\.build/|models/[^/]+/")
 # Thousands of modules lie there, and to resolve each of their paths takes longer than to trace a small model.
 _INSTALLED = re.compile(rf"/(site|dist)-packages/|^{re.escape(os.path.dirname(os.__file__))}/")
 _NOT_SOURCES = {".git", ".venv", "venv", "site-packages", "__pycache__", "node_modules"}
@@ -306,8 +312,9 @@ def _found(version: ModelVersion, root: Path, opened: dict[str, keys.Stamp | Non
         if source:
             first_party[name] = source
     stamps = {}
+    declared = _declared(version, root)
     for name, stamp in opened.items():
-        inside = _inside(name, root, own)
+        inside = declared.get(name) or _inside(name, root, own)
         # A file that was looked for and was not there counts: it may be there the next time. Not so a temporary file,
         # nor what traceback's machinery looks for.
         looked_for = stamp is None and not name.endswith(".py")
@@ -330,7 +337,7 @@ def _inside(name: str | None, root: Path, own: Path) -> str | None:
     if inside is None:
         return None
     parts = inside.split("/")
-    generated = parts[0] in _GENERATED or not _NOT_SOURCES.isdisjoint(parts)
+    generated = _GENERATED.match(inside) or not _NOT_SOURCES.isdisjoint(parts)
     return None if generated or os.path.isdir(path) or Path(path).resolve().is_relative_to(own) else inside
 
 
