@@ -354,7 +354,8 @@ def test_files_of_the_project_count_also_where_generated_ones_lie(project: Calla
         "    trace: {cases: 2, budget_s: 1}\n"
     )
     net = (
-        "import pathlib\nimport torch\nclass Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "import pathlib\nimport torch\nclass Net(torch.nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
         "        self.scale = torch.nn.Parameter(torch.ones(1))\n"
         "        self.shift = float(pathlib.Path('models/shift').read_text())\n"
         "    def forward(self, x):\n        return x * self.scale + self.shift\n"

@@ -80,12 +80,12 @@ def file_digests(root: Path, paths: Iterable[str]) -> dict[str, str | None]:
 
 
 def stamp(path: str | Path) -> Stamp | None:
-    """Return size, time stamp and inode of a file, or None: equal stamps mean that it was not written in between."""
+    """Return size, time of change and inode of a file, or None; equal ones mean that it was not written in between."""
     try:
         found = os.stat(path)
     except OSError:
         return None
-    return [found.st_size, found.st_mtime_ns, found.st_ino]
+    return [found.st_size, found.st_ctime_ns, found.st_ino]
 
 
 def edited(root: Path, stamps: Mapping[str, Stamp | None]) -> list[str]:

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import sqlite3
+import stat
 import sys
 import time
 from hashlib import sha256
@@ -29,11 +30,11 @@ _TABLES = """
 create table if not exists tasks (name text primary key, data text not null) without rowid;
 create table if not exists parts (name text primary key, data text not null);
 create table if not exists files (
-    path text primary key, size int not null, mtime_ns int not null, inode int not null, digest text not null
+    path text primary key, size int not null, ctime_ns int not null, inode int not null, digest text not null
 ) without rowid;
 """
 
-_FORMAT = 1
+_FORMAT = 2
 _ADVICE = "    free space, or make it writable for this user"
 
 # A file may change again within the resolution of its time stamp, with the same size. A digest taken this shortly
@@ -179,12 +180,16 @@ def current() -> State:
 
 
 class FileDigests:
-    """sha256 of files by path, hashed once: size, time stamp and inode are a short cut, the content is the truth."""
+    """sha256 of files by path, hashed once: size, time of change and inode are a short cut, the content is the truth.
+
+    The time of change (ctime), which nobody can set: `cp -p`, `rsync -t` and `tar x` set that of the last write, and
+    weights of one architecture have one size.
+    """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         self._here = f"{os.getcwd()}/"
-        # Path -> "size.mtime_ns.inode.digest": one text takes a third of the memory of a tuple of four.
+        # Path -> "size.ctime_ns.inode.digest": one text takes a third of the memory of a tuple of four.
         self._known: dict[str, str] = {}
         self._seen: dict[str, str] = {}
         self._once: dict[str, str | None] | None = None
@@ -194,7 +199,7 @@ class FileDigests:
     def reload(self) -> None:
         """Read again what another process has written meanwhile."""
         self._once = {} if self._once is not None else None
-        entry = "size || '.' || mtime_ns || '.' || inode || '.' || digest"
+        entry = "size || '.' || ctime_ns || '.' || inode || '.' || digest"
         self._known = dict(self._connection.execute(f"select path, {entry} from files"))  # noqa: S608  no input in it
 
     def nothing_runs_yet(self) -> None:
@@ -206,7 +211,10 @@ class FileDigests:
         self._once = None
 
     def digest(self, path: str | Path) -> str | None:
-        """Return the sha256 of the file's content in hexadecimal, or None when there is no such file."""
+        """Return the sha256 of the file's content in hexadecimal, or None when there is no such file.
+
+        A folder is none, nor is a link that leads nowhere.
+        """
         name = os.fspath(path)
         if not name.startswith("/"):
             name = self._here + name  # one name for doit's relative paths and for ours
@@ -218,23 +226,25 @@ class FileDigests:
 
     def _digest(self, name: str) -> str | None:
         try:
-            stat = os.stat(name)
-        except (FileNotFoundError, NotADirectoryError):
+            found = os.stat(name)
+        except OSError:
             return None
-        fresh = _stamp(stat)
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        fresh = f"{found.st_size}.{found.st_ctime_ns}.{found.st_ino}."
         known = self._seen.get(name) or self._known.get(name)
         if known is not None and known.startswith(fresh):
             return known[len(fresh) :]
         now_ns = time.time_ns()
-        digest = self._verified.get(fresh) or sha256_of(name)
+        digest = self._verified.get(_written(found)) or sha256_of(name)
         self._seen[name] = fresh + digest
-        if now_ns - stat.st_mtime_ns > _SETTLED_NS:
+        if now_ns - found.st_ctime_ns > _SETTLED_NS:
             self._new[name] = fresh + digest
         return digest
 
     def verified(self, path: Path, digest: str) -> None:
         """Take the digest of a file for known in this run, also under the names that are links to it."""
-        self._verified[_stamp(path.stat())] = digest
+        self._verified[_written(path.stat())] = digest
 
     def flush(self) -> None:
         """Write what is new; the caller holds the transaction."""
@@ -246,8 +256,9 @@ class FileDigests:
         self._new.clear()
 
 
-def _stamp(stat: os.stat_result) -> str:
-    return f"{stat.st_size}.{stat.st_mtime_ns}.{stat.st_ino}."
+def _written(found: os.stat_result) -> str:
+    # A further link to a file changes its ctime.
+    return f"{found.st_size}.{found.st_mtime_ns}.{found.st_ino}"
 
 
 def sha256_of(path: str | Path) -> str:
@@ -290,8 +301,9 @@ def _open(path: Path) -> sqlite3.Connection:
     # All is read once, into dicts: a cache of pages beside them is 2 MB for nothing.
     connection.execute("pragma cache_size = -100")
     if connection.execute("pragma user_version").fetchone()[0] != _FORMAT:
-        # Written by another version of tritonbuild, or new. What it remembers of tasks is forgotten.
-        connection.executescript(f"drop table if exists tasks; drop table if exists parts; {_TABLES}")
+        # Written by another version of tritonbuild, or new. What it remembers is forgotten.
+        drops = "".join(f"drop table if exists {table};" for table in ("tasks", "parts", "files"))
+        connection.executescript(drops + _TABLES)
         connection.execute(f"pragma user_version = {_FORMAT}")
     connection.execute("select count(*) from tasks").fetchone()
     return connection

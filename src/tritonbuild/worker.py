@@ -52,7 +52,7 @@ class Found:
     Attributes:
         files: First-party files it imported or opened, relative to the project's root.
         distributions: Installed distributions whose code it imported and that hold the entry point, and torch.
-        stamps: Path -> size, time stamp and inode that the file had when it was opened (see `keys.stamp`).
+        stamps: Path -> size, time of change and inode that the file had when it was opened (see `keys.stamp`).
         device: The kind of device that it ran on: cuda or cpu.
     """
 
