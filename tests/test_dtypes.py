@@ -29,6 +29,7 @@ def test_every_row_agrees_with_torch_numpy_and_triton(dtype: Dtype) -> None:
         limits = torch.iinfo(of_torch)
         assert dtype.integer_limits == (limits.min, limits.max)
     else:
+        assert dtype.largest == (torch.finfo(of_torch).max if of_torch.is_floating_point else 0)
         assert of_torch.is_floating_point or of_torch == torch.bool
 
 

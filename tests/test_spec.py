@@ -71,6 +71,16 @@ def test_place_names_the_line(tmp_path: Path) -> None:
     assert spec.place(path, ("models", "net", "config", "x")) == "pipeline.yaml:4: models.net.config.x"
 
 
+def test_what_a_mapping_merges_it_may_say_otherwise(tmp_path: Path) -> None:
+    """Also where the merged mapping merges another one, and stands deeper in the file."""
+    text = VERSIONS + "      5: {trace: &own {<<: &all {cases: 3, rtol: 1e-2}, cases: 4}}\n"
+    text += "  other:\n    entry_point: net:Net\n    inputs: {x: {dtype: bool, shape: [2]}}\n"
+    text += "    trace: {<<: *own, rtol: 0}\n"
+    pipeline = load(tmp_path, text)
+    assert pipeline.versions["net"][5].trace == spec.Trace(cases=4, rtol=1e-2)
+    assert pipeline.models["other"].trace == spec.Trace(cases=4, rtol=0.0)
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(SpecError) as raised:
         spec.load(tmp_path / "pipeline.yaml")
@@ -125,7 +135,10 @@ keys = (
 )
 anything = st.recursive(
     scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys | st.integers(-1, 3), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(keys | st.integers(-1, 3) | st.sampled_from([None, 1.5, "str", "int"]), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 

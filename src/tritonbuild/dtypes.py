@@ -10,6 +10,7 @@ triton-inference-server/common, and the PyTorch backend's libtorch_utils.cc, on 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from tritonbuild.yamlfile import closest, shown
@@ -26,6 +27,7 @@ class Dtype:
         kserve: Its name in the inference protocol: requests, answers and the server's metadata.
         size_bytes: Bytes of one element.
         integer_limits: Lowest and highest value, of integers only. bool is none.
+        largest: Largest finite value, of floats only.
     """
 
     torch: str
@@ -34,6 +36,7 @@ class Dtype:
     kserve: str
     size_bytes: int
     integer_limits: tuple[int, int] | None = None
+    largest: float = 0.0
 
 
 TABLE = (
@@ -43,9 +46,9 @@ TABLE = (
     Dtype("int16", "int16", "TYPE_INT16", "INT16", 2, (-(2**15), 2**15 - 1)),
     Dtype("int32", "int32", "TYPE_INT32", "INT32", 4, (-(2**31), 2**31 - 1)),
     Dtype("int64", "int64", "TYPE_INT64", "INT64", 8, (-(2**63), 2**63 - 1)),
-    Dtype("float16", "float16", "TYPE_FP16", "FP16", 2),
-    Dtype("float32", "float32", "TYPE_FP32", "FP32", 4),
-    Dtype("float64", "float64", "TYPE_FP64", "FP64", 8),
+    Dtype("float16", "float16", "TYPE_FP16", "FP16", 2, largest=65504.0),
+    Dtype("float32", "float32", "TYPE_FP32", "FP32", 4, largest=(2 - 2**-23) * 2.0**127),
+    Dtype("float64", "float64", "TYPE_FP64", "FP64", 8, largest=sys.float_info.max),
 )
 
 BY_TORCH = {dtype.torch: dtype for dtype in TABLE}

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from tritonbuild.spec import Input, Model, Pipeline, Trace, Weights
     from tritonbuild.yamlfile import Location, Problem
 
+_LONGEST_NAME = 200  # file systems take 255 bytes, and files are named after models with more before and behind
+_LARGEST = 2**63 - 1  # of a size or a version number, in torch and in Triton
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _TENSOR_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]*")
 _AXIS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -62,11 +65,18 @@ def model_problems(name: str, model: Model) -> Iterator[Problem]:
             (),
             f"found {shown(name)}, expected letters, digits, dots, dashes and underscores, no dot or dash in front",
         )
+    elif len(name) > _LONGEST_NAME:
+        yield (), f"found a name of {len(name)} letters, expected at most {_LONGEST_NAME}: folders are called so"
     yield from _source_problems((), model.entry_point, model.kwargs, model.weights, model.trace)
     for number, version in model.versions.items():
         at: Location = ("versions", number)
         if number < 1:
             yield at, f"found version {number}, expected a number from 1"
+        elif number > _LARGEST:
+            yield at, f"found version {number}, expected at most {_LARGEST}"
+        for key in ("entry_point", "kwargs", "seed"):
+            if key in version.model_fields_set and getattr(version, key) is None:
+                yield (*at, key), "found nothing, expected a value; leave the key out where the model's holds"
         yield from _source_problems(at, version.entry_point, version.kwargs, version.weights, version.trace)
     yield from _config_problems(model)
     yield from _axis_problems(model)
@@ -94,8 +104,10 @@ def _source_problems(
         )
     try:
         json.dumps(kwargs, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         yield (*at, "kwargs"), f"expected numbers, text, true, false, null, lists and mappings: {error}"
+    else:
+        yield from _key_problems((*at, "kwargs"), kwargs)
     if weights:
         yield from _path_problems((*at, "weights", "path"), weights.path, (".safetensors", ".pt", ".pth"))
     if trace and trace.method == "script" and trace.script:
@@ -110,6 +122,16 @@ def _source_problems(
             yield (*at, "trace", "accept", hazard), "found no reason, expected why the hazard is wanted here"
 
 
+def _key_problems(at: Location, value: object) -> Iterator[Problem]:
+    """Yield the keys that are no text: kwargs go to the child that traces as JSON, which has no others."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        if not isinstance(key, str):
+            yield at, f"found the key {shown(key)}, expected text: write it in quotes"
+        yield from _key_problems((*at, str(key)), inner)
+    for i, inner in enumerate(value if isinstance(value, list) else ()):
+        yield from _key_problems((*at, i), inner)
+
+
 def _hazard_names() -> Sequence[str]:
     """Return the names of the hazards; docs/hazards.md describes them."""
     from tritonbuild import hazards
@@ -119,7 +141,9 @@ def _hazard_names() -> Sequence[str]:
 
 def _path_problems(at: Location, text: str, suffixes: Sequence[str]) -> Iterator[Problem]:
     path = PurePosixPath(text)
-    if path.is_absolute() or text.startswith("~") or "\\" in text:
+    if _CONTROL.search(text):
+        yield at, f"found {shown(text)}, expected a path without control characters"
+    elif path.is_absolute() or text.startswith("~") or "\\" in text:
         yield (
             at,
             f"found {shown(text)}, expected a path relative to the folder of pipeline.yaml, with forward slashes",
@@ -133,7 +157,7 @@ def _path_problems(at: Location, text: str, suffixes: Sequence[str]) -> Iterator
 def _config_problems(model: Model) -> Iterator[Problem]:
     try:
         json.dumps(model.config, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         yield ("config",), f"expected numbers, text, true, false, lists and mappings: {error}"
 
 
@@ -196,6 +220,8 @@ def _input_problems(at: Location, name: str, declared: Input, model: Model) -> I
                     here,
                     f"found {size}, expected a size from 1, or the name of an axis where the size varies",
                 )
+            elif size > _LARGEST:
+                yield here, f"found {size}, expected at most {_LARGEST}"
         elif size == "batch":
             if i:
                 yield here, "found batch, expected it in the first place only: Triton's batch is always dim 0"
@@ -222,12 +248,15 @@ def _range_problems(at: Location, declared: Input) -> Iterator[Problem]:
     low, high = declared.range
     if low > high:
         yield (*at, "range"), f"found [{low}, {high}], expected the lower value first"
-    if limits is None:
-        if declared.dtype == "bool":
-            yield (*at, "range"), "bool has no range; leave it out"
+    if declared.dtype == "bool":
+        yield (*at, "range"), "bool has no range; leave it out"
         return
+    largest = dtypes.BY_TORCH[declared.dtype].largest
     for i, bound in enumerate((low, high)):
-        if isinstance(bound, float):
+        if limits is None:
+            if abs(bound) > largest:
+                yield (*at, "range", i), f"found {bound}, expected {-largest:.5g} to {largest:.5g} for {declared.dtype}"
+        elif isinstance(bound, float):
             yield (*at, "range", i), f"found {bound}, expected a whole number for {declared.dtype}"
         elif not limits[0] <= bound <= limits[1]:
             yield (
@@ -265,6 +294,6 @@ def _index_problems(at: Location, names: Sequence[str], *, keyed: bool) -> Itera
 def _index(name: str) -> int | None:
     # The text after the FIRST "__" counts, and an empty one is index 0 (measured on the C++ backend).
     _, mark, digits = name.partition("__")
-    if not mark or (digits and not digits.isdigit()):
+    if not mark or (digits and not digits.isdecimal()):
         return None
     return int(digits or 0)

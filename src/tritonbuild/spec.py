@@ -50,13 +50,13 @@ class _Frozen(BaseModel):
 class Axis(_Frozen):
     """A named size that may vary."""
 
-    example: Annotated[int, Field(ge=1)]
+    example: Annotated[int, Field(ge=1, lt=2**63)]
     """The size to trace with."""
-    min: Annotated[int, Field(ge=1)] = 1
+    min: Annotated[int, Field(ge=1, lt=2**63)] = 1
     """The smallest size that will be served."""
-    max: Annotated[int, Field(ge=1)]
+    max: Annotated[int, Field(ge=1, lt=2**63)]
     """The largest size that will be served."""
-    multiple_of: Annotated[int, Field(ge=1)] = 1
+    multiple_of: Annotated[int, Field(ge=1, lt=2**63)] = 1
     """Only multiples of this are served; min, max and example must be multiples."""
 
 
@@ -112,7 +112,7 @@ class Version(_Frozen):
     """Replaces the model's."""
     kwargs: dict[str, Any] | None = None
     """Replaces the model's, as a whole."""
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     """Replaces the model's."""
     weights: Weights | None = None
     """Replaces the model's."""
@@ -127,11 +127,11 @@ class Model(_Frozen):
     """`module:attribute`: what builds the torch.nn.Module, imported from this folder, its src/ or site-packages."""
     kwargs: dict[str, Any] = {}
     """Keyword arguments for the entry point."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
     """Set before the entry point is called, so that a model without weights is the same everywhere."""
     weights: Weights | None = None
     """A file with a state dict."""
-    max_batch_size: Annotated[int, Field(ge=0)] = 0
+    max_batch_size: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """The largest batch that Triton forms. 0: no batch axis, shapes are complete."""
     axes: dict[str, Axis] = {}
     """The named sizes that vary, other than batch."""
@@ -306,12 +306,13 @@ def _rules_of_the_rest(data: dict[str, Any], error: ValidationError) -> Iterator
     for details in error.errors():
         if details["type"] == "extra_forbidden":
             *steps, key = details["loc"]
-            mapping: Any = data
-            for step in steps:
-                mapping = mapping[step]
-            value = mapping.pop(key, None)
-            for near in difflib.get_close_matches(str(key), _keys_at(details["loc"]), n=1):
-                mapping.setdefault(near, value)  # read as what it seems to mean
+            with contextlib.suppress(KeyError):  # a name that is no text stands in the location as one
+                mapping: Any = data
+                for step in steps:
+                    mapping = mapping[step]
+                value = mapping.pop(key, None)
+                for near in difflib.get_close_matches(str(key), _keys_at(details["loc"]), n=1):
+                    mapping.setdefault(near, value)  # read as what it seems to mean
     models = data.get("models")
     for name, raw in models.items() if isinstance(models, dict) else ():
         with contextlib.suppress(ValidationError):
@@ -345,23 +346,32 @@ def _keys_at(location: Location) -> list[str]:
 
 
 def _problems(error: ValidationError) -> list[Problem]:
-    problems: dict[Location, str] = {}
+    problems: list[Problem] = []
     for details in error.errors():
         location, what = _problem(details)
         # The members of a union fail one by one: "expected a whole number", "expected text".
-        if location in problems and details["loc"][-1] in _UNION:
-            problems[location] += f" or {what.partition(', expected ')[2]}"
+        if problems and problems[-1][0] == location and details["loc"][-1] in _UNION:
+            problems[-1] = location, f"{problems[-1][1]} or {what.partition(', expected ')[2]}"
         else:
-            problems[location] = what
-    return list(problems.items())
+            problems.append((location, what))
+    return problems
 
 
-# Steps that pydantic adds to a location for the members of a union and for the keys of a mapping.
+# The step that pydantic adds to the location of an entry of a list that may be one of two types. Names of models and
+# inputs may be the same words.
 _UNION = {"int", "str", "float"}
 
 
 def _problem(details: ErrorDetails) -> Problem:
-    location = tuple(step for step in details["loc"] if step not in {*_UNION, "[key]"})
+    location = details["loc"]
+    if location[-1] == "[key]":
+        location = location[:-1]
+    if details["loc"] != location or details["type"] == "invalid_key":
+        if not isinstance(details["input"], str):  # no text of the file can be looked up for it
+            what = yamlfile.explain(details, ()).replace("found ", "found the key ", 1)
+            return location[:-1], what + ": write it in quotes" * what.endswith("text")
+    elif location[-1] in _UNION and isinstance(location[-2], int) and details["type"] != "extra_forbidden":
+        location = location[:-1]
     what = yamlfile.explain(details, _keys_at(location))
     if location == ("triton",):
         release = details["input"]

@@ -23,7 +23,7 @@ import yaml
 from tritonbuild.errors import SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from pydantic_core import ErrorDetails
 
@@ -37,23 +37,7 @@ else:
 
 
 class _Loader(_Base):
-    """PyYAML's safe loader, which also notes keys that a mapping holds twice."""
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self.duplicates: list[tuple[int, str]] = []
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[object, int] = {}
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
-                line = key_node.start_mark.line + 1
-                if key_node.value in seen:
-                    first = seen[key_node.value]
-                    self.duplicates.append((line, f'"{key_node.value}" is already set on line {first}'))
-                seen.setdefault(key_node.value, line)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
+    """PyYAML's safe loader, which reads numbers as YAML 1.2 does."""
 
 
 _Loader.add_implicit_resolver(
@@ -77,6 +61,8 @@ def read(path: Path) -> Any:
         raise SpecError([f"{path.name}: may not be read by this user"]) from None
     except UnicodeDecodeError as error:
         raise SpecError([f"{path.name}: not UTF-8 text: byte {error.start} is {error.reason}"]) from None
+    except OSError as error:
+        raise SpecError([f"{path.name}: cannot be read: {error.strerror}"]) from None
     return _parse(path, text)
 
 
@@ -84,7 +70,10 @@ def _parse(path: Path, text: str) -> Any:
     try:
         loader = _Loader(text)
         try:
-            data = loader.get_single_data()
+            root = loader.get_single_node()
+            # Before anything is constructed: that puts what is merged (<<) into the nodes.
+            duplicates = list(_duplicates(root))
+            data = _constructed(path, loader, root)
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -93,9 +82,60 @@ def _parse(path: Path, text: str) -> Any:
         raise SpecError([f"{path.name}:{line}: not YAML: {error.problem}{context}"]) from None
     except yaml.YAMLError as error:
         raise SpecError([f"{path.name}: not YAML: {str(error).splitlines()[0]}"]) from None
-    if loader.duplicates:
-        raise SpecError([f"{path.name}:{line}: duplicate key: {what}" for line, what in loader.duplicates])
+    except RecursionError:
+        raise SpecError([f"{path.name}: lists and mappings are nested too deeply"]) from None
+    if duplicates:
+        raise SpecError([f"{path.name}:{line}: duplicate key: {what}" for line, what in duplicates])
     return data
+
+
+def _nodes(root: yaml.Node | None) -> Iterator[yaml.Node]:
+    """Yield each node once, in the order of the text."""
+    seen: set[int] = set()
+    stack = [root] if root is not None else []
+    while stack:
+        node = stack.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        if isinstance(node, yaml.MappingNode):
+            stack += [part for pair in reversed(node.value) for part in reversed(pair)]
+        elif isinstance(node, yaml.SequenceNode):
+            stack += reversed(node.value)
+
+
+def _duplicates(root: yaml.Node | None) -> Iterator[tuple[int, str]]:
+    """Yield the line and the text of each key that a mapping holds twice."""
+    for node in _nodes(root):
+        seen: dict[object, int] = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                if key.value in seen:
+                    yield line, f'"{key.value}" is already set on line {seen[key.value]}'
+                seen.setdefault(key.value, line)
+
+
+def _constructed(path: Path, loader: _Loader, root: yaml.Node | None) -> Any:
+    if root is None:
+        return None
+    try:
+        return loader.construct_document(root)
+    except (yaml.YAMLError, RecursionError):
+        raise
+    except Exception:
+        # PyYAML lets through what Python says of a date such as 2024-13-45: without a place.
+        loader.recursive_objects.clear()
+        for node in _nodes(root):
+            if isinstance(node, yaml.ScalarNode):
+                try:
+                    loader.construct_object(node)
+                except Exception as error:  # noqa: BLE001  ValueError, but others too for tags such as !!bool
+                    where, kind = f"{path.name}:{node.start_mark.line + 1}", node.tag.rpartition(":")[2]
+                    what = f"found {shown(node.value)}, no valid YAML {kind}: {_cut(str(error))}"
+                    raise SpecError([f"{where}: {what}; write text in quotes"]) from None
+        raise
 
 
 class Memory:
@@ -204,6 +244,7 @@ _EXPECTED = {
     "float_type": "a number",
     "finite_number": "a finite number",
     "string_type": "text",
+    "invalid_key": "text",
     "bool_type": "true or false",
     "dict_type": "a mapping",
     "model_type": "a mapping",
@@ -249,5 +290,8 @@ def shown(value: object) -> str:
     """Return a value as a person would write it in YAML, cut to 60 characters."""
     if value is None:
         return "nothing"
-    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value).replace("'", '"')
+    return _cut({True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value).replace("'", '"'))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
