@@ -411,6 +411,7 @@ def build():
         ("import torch", "import torch, math", "the statements outside of functions"),
         ("def build", "def make", "build, make"),
         ("def build", "def build(", None),
+        ("return x", "return " + "x + " * 1500 + "x", None),
     ],
 )
 def test_the_functions_that_changed_are_named(tmp_path: Path, before: str, after: str, words: str | None) -> None:

@@ -44,16 +44,16 @@ def keep(root: Path, files: Mapping[str, str | None]) -> None:
 
 
 def outline(text: bytes) -> dict[str, str]:
-    """Return `PNet.forward` -> digest of its syntax for each function and class; nothing for what is not Python."""
+    """Return `PNet.forward` -> digest of its syntax for each function and class; nothing for what cannot be read."""
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError):
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and _is_text(body[0].value):
+                del body[0]
+        return dict(_digests(tree, ""))
+    except (SyntaxError, ValueError, RecursionError):  # hundreds of elif lie in each other
         return {}
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and _is_text(body[0].value):
-            del body[0]
-    return dict(_digests(tree, ""))
 
 
 def _is_text(value: ast.expr) -> bool:
