@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -230,6 +231,28 @@ def test_two_processes_of_doit_build_the_same(built: Project, project: Callable[
     assert parallel.code == 0, parallel.out
     assert set(parallel.tasks) >= EVERY
     assert made.doit("-n", "2").tasks == []
+
+
+def test_names_that_are_not_utf_8_and_a_terminal_without_their_letters(
+    project: Callable[[dict[str, str]], Project],
+) -> None:
+    name = os.fsdecode(b"gr\xf6\xdfe")
+    net = f"import torch\nopen({name!r})\nGröße = torch.nn.Tanh\n"
+    made = project({"pipeline.yaml": 'triton: "26.07"\nmodels:\n' + NEW_MODEL.replace("torch.nn:Tanh", "nets:Größe")})
+    made.write({"nets.py": net.replace("Größe", "Länge"), name: ""})
+    failed = made.doit("trace", PYTHONIOENCODING="ascii")
+    assert failed.out == (
+        ".  trace:four/1\n"
+        '!! trace four/1: entry point "nets:Gr\\xf6\\xdfe": nets has no "Gr\\xf6\\xdfe"\n'
+        "    its file is nets.py\n"
+        "   0 done, 0 up to date, 1 failed (trace:four/1)\n"
+    )
+    made.write({"nets.py": net})
+    assert made.doit("trace", PYTHONIOENCODING="ascii").tasks == ["trace:four/1"]
+    assert made.doit("trace").up_to_date == ["trace:four/1"]
+    assert "    gr\\udcf6\\udcdfe  e3b0c44298fc\n" in made.doit("why", "trace:four/1").out
+    made.write({name: "changed"})
+    assert made.doit("trace").tasks == ["trace:four/1"]
 
 
 def test_schema_is_current() -> None:

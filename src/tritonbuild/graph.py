@@ -15,6 +15,8 @@ torch, numpy or tritonclient: a doit with nothing to do stays fast (a test walks
 from __future__ import annotations
 
 import gc
+import io
+import sys
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +46,10 @@ __all__ = [
 
 # A graph of thousands of tasks is made once and kept: to search it for cycles again and again costs a fifth of a run.
 gc.set_threshold(100_000, 50, 50)
+
+# A name that the terminal's encoding has no letters for must not hide the message that it stands in.
+if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="backslashreplace")
 
 DOIT_CONFIG = {
     "backend": "tritonbuild",

@@ -250,10 +250,19 @@ class FileDigests:
         """Write what is new; the caller holds the transaction."""
         self._connection.executemany(
             "insert or replace into files values (?, ?, ?, ?, ?)",
-            [(path, *entry.split(".")) for path, entry in self._new.items()],
+            # A name that is not UTF-8 is no text to SQLite: such a file is read in every run.
+            [(path, *entry.split(".")) for path, entry in self._new.items() if _is_utf8(path)],
         )
         self._known.update(self._new)
         self._new.clear()
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _written(found: os.stat_result) -> str:
