@@ -255,6 +255,20 @@ def test_names_that_are_not_utf_8_and_a_terminal_without_their_letters(
     assert made.doit("trace").tasks == ["trace:four/1"]
 
 
+def test_another_declaration_lies_beside_dodo_py(project: Callable[[dict[str, str]], Project]) -> None:
+    yaml = 'triton: "26.07"\nmodels:\n' + NEW_MODEL
+    made = project({"other.yaml": yaml, "folder/other.yaml": yaml})
+    said = "   other.yaml: 1 model, 1 version, for Triton 26.07\n"
+    for path in ("other.yaml", "./other.yaml", str(made.root / "other.yaml")):
+        assert said in made.doit("-a", f"pipeline={path}", "check").out
+    ran = made.doit("pipeline=folder/other.yaml")
+    assert ran.code == 3
+    assert ran.out == (
+        "ERROR: pipeline=folder/other.yaml: found a file in another folder, expected one beside dodo.py\n"
+        "    what is built lies beside the two: put a dodo.py there, and run doit there\n"
+    )
+
+
 def test_schema_is_current() -> None:
     from tritonbuild import schema
 

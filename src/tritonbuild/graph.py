@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -65,6 +66,11 @@ DOIT_CONFIG = {
 def pipeline() -> Pipeline:
     """Return the declaration beside dodo.py; `doit pipeline=other.yaml` picks another."""
     path = Path(str(doit.get_var("pipeline", "pipeline.yaml")))
+    if os.path.realpath(path.parent) != os.getcwd():
+        raise InvalidDodoFile(
+            f"pipeline={path}: found a file in another folder, expected one beside dodo.py\n"
+            "    what is built lies beside the two: put a dodo.py there, and run doit there"
+        )
     try:
         loaded = spec.load(path, BUILD / "declaration")
         actions.check_config(loaded)
