@@ -145,6 +145,7 @@ def project(tmp_path: Path) -> Path:
     for name in ("labels.txt", "other/labels.txt", "other/.labels", "config.pbtxt", "warmup"):
         (tmp_path / name).write_text("cat\ndog\n")
     (tmp_path / "link.txt").symlink_to("/etc/hostname")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
     return tmp_path
 
 

@@ -127,6 +127,16 @@ def test_a_file_edited_by_hand_is_written_again(tmp_path: Path) -> None:
     assert tree(tmp_path / "models") == PNET
 
 
+@pytest.mark.parametrize("name", ["# labels.txt", "labels (1).txt", "Größe.txt", " "])
+def test_a_file_may_have_any_name(tmp_path: Path, name: str) -> None:
+    for text in (b"a", b"b"):
+        repository.publish(tmp_path, "pnet", {name: text})
+        repository.check(tmp_path)
+    assert repository.content(tmp_path) == {f"pnet/{name}": tmp_path / "models/pnet" / name}
+    repository.publish(tmp_path, "pnet", {"config.pbtxt": CONFIG})
+    assert tree(tmp_path / "models/pnet").keys() == {".tritonbuild", "config.pbtxt"}
+
+
 # What is not ours
 
 

@@ -11,12 +11,14 @@ backend_model_instance.cc (warm-up); the PyTorch backend's naming rules (model_i
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from tritonbuild import dtypes
 from tritonbuild.config_rules import LEAVE_OUT, preferred_batch_sizes
+from tritonbuild.rules import CONTROL
 from tritonbuild.yamlfile import closest, shown
 
 if TYPE_CHECKING:
@@ -95,12 +97,14 @@ def file_problems(config: dict[str, Any], root: Path) -> Iterator[Problem]:
 
 def _path_problem(text: str, root: Path) -> str | None:
     path = PurePosixPath(text)
+    if CONTROL.search(text):
+        return f"found {shown(text)}, expected a path without control characters"
     if not text or path.is_absolute() or text.startswith("~") or "\\" in text:
         return f"found {shown(text)}, expected a path relative to the folder of pipeline.yaml, with forward slashes"
     if ".." in path.parts:
         return f"found {shown(text)}, expected a path that stays inside the folder of pipeline.yaml"
     file = root / path
-    if not file.resolve().is_relative_to(root.resolve()):
+    if not Path(os.path.realpath(file)).is_relative_to(root.resolve()):  # Path.resolve raises for a loop of links
         return f"{text} is a link out of the project's folder"
     if not file.exists():
         return f"{text}: no such file"

@@ -200,7 +200,7 @@ def _listed(folder: Path) -> set[str]:
         text = (folder / MARKER).read_text(encoding="utf-8")
     except FileNotFoundError:
         return set()
-    return {line for line in text.splitlines() if line and not line.startswith("#")}
+    return set(text.partition("\n")[2].splitlines())  # the first line says what this is
 
 
 def _write_marker(folder: Path, listed: set[str]) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _LONGEST_NAME = 200  # file systems take 255 bytes, and files are named after models with more before and behind
 _LARGEST = 2**63 - 1  # of a size or a version number, in torch and in Triton
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _TENSOR_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]*")
 _AXIS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -141,7 +141,7 @@ def _hazard_names() -> Sequence[str]:
 
 def _path_problems(at: Location, text: str, suffixes: Sequence[str]) -> Iterator[Problem]:
     path = PurePosixPath(text)
-    if _CONTROL.search(text):
+    if CONTROL.search(text):
         yield at, f"found {shown(text)}, expected a path without control characters"
     elif path.is_absolute() or text.startswith("~") or "\\" in text:
         yield (
