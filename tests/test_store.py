@@ -243,6 +243,20 @@ def test_two_projects_share_a_folder(tmp_path: Path) -> None:
     assert not blob.samefile(out / "model.pt")  # a hand must not reach a colleague's result
 
 
+def test_what_a_killed_run_has_left_in_a_shared_folder_is_not_looked_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Kept(tmp_path / "first", str(tmp_path / "shared"))
+    first.make(A, b"content")
+    first.store.share()
+    (path,) = (tmp_path / "shared" / "index").glob("*/*")
+    path.with_name(f".new-0-{path.name}").write_bytes(path.read_bytes()[:9])
+    second = Kept(tmp_path / "second", str(tmp_path / "shared"))
+    assert second.find(B) is None
+    assert second.find(A)
+    assert capsys.readouterr().err == ""
+
+
 def test_read_only_shares_nothing_and_off_asks_nobody(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     kept = Kept(tmp_path / "project", str(shared), "read-only")
@@ -539,6 +553,7 @@ def test_wrong_bytes_are_replaced_by_the_next_who_makes_them(s3: tuple[str, Faul
     [
         ("gs://bucket/prefix", "store gs://bucket/prefix: needs gcsfs"),
         ("nonsense://bucket", "store nonsense://bucket: Protocol not known: nonsense"),
+        ("~nobody.here/store", "store ~nobody.here/store: Could not determine home directory."),
         ("s3://user:secret@bucket", "store s3://bucket: "),
     ],
 )

@@ -83,7 +83,8 @@ class Remote:
     """
 
     def __init__(self, url: str, root: Path) -> None:
-        self.url = url if "://" in url or "::" in url else str(root / Path(url).expanduser())
+        self.url = url
+        self.root = root
         self.where = f"store {re.sub('//[^/@]*@', '//', url)}"
         # All processes of one run of doit (-n 4) share the opinion that the store is down, and the warning.
         self._fault = root / ".build" / "tmp" / f"store-fault-{state.current().opened_by}"
@@ -99,7 +100,8 @@ class Remote:
             with contextlib.suppress(FileNotFoundError):
                 # Not `ls`: where there is no such folder, s3fs lists the one above it, which holds every result.
                 found = store.find(f"{base}/{folder}", detail=False)
-                return sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
+                names = sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
+                return [name for name in names if not name.startswith(".")]  # what a killed run has left half-written
             return []
 
         return self._one(ask) or []
@@ -180,14 +182,17 @@ class Remote:
                 from fsspec.config import conf
                 from fsspec.core import url_to_fs
 
-                protocol = self.url.partition("://")[0].rpartition("::")[2] if "://" in self.url else "file"
+                url = self.url
+                if "://" not in url and "::" not in url:
+                    url = str(self.root / Path(url).expanduser())
+                protocol = url.partition("://")[0].rpartition("::")[2] if "://" in url else "file"
                 options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
                 if protocol in {"s3", "s3a"}:
                     options["config_kwargs"] = {**_S3, **conf.get("s3", {}).get("config_kwargs", {})}
                     options["max_concurrency"] = 1  # with more, s3fs asks for the size before it reads anything
                 if protocol == "file":
                     options["auto_mkdir"] = True
-                files, base = url_to_fs(self.url, **options)
+                files, base = url_to_fs(url, **options)
             except ImportError as error:
                 needed = _INSTALL.get(self.url.partition("://")[0])
                 raise _FaultError(f"needs {needed}" if needed else str(error)) from None
