@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -445,6 +446,13 @@ def test_sequence_tensors_named_like_arguments_are_refused(tmp_path: Path) -> No
         "the PyTorch backend does not take sequence_batching\n"
         "    name the inputs <name>__<index>, and the arguments of forward otherwise"
     )
+
+
+def test_a_file_that_may_not_be_read_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
+    assert config.check(load(project, "output: [{name: boxes, label_filename: labels.txt}]")) == [
+        "pipeline.yaml:14: models.net.config.output[0].label_filename: labels.txt: may not be read by this user"
+    ]
 
 
 def test_a_file_that_changes_after_the_check_is_refused_with_its_place(project: Path) -> None:

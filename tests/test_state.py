@@ -211,6 +211,17 @@ def test_a_change_within_the_resolution_of_the_clock_is_seen(
     assert opened().files.digest(source) != first
 
 
+def test_a_file_that_may_not_be_read_has_no_digest(
+    opened: Callable[[], State], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(name: str) -> str:
+        raise PermissionError(name)
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(state, "sha256_of", refused)  # root may read everything
+    assert opened().files.digest(tmp_path / "file") is None
+
+
 def test_what_is_no_file_has_no_digest(opened: Callable[[], State], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()

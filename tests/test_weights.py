@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -86,6 +87,12 @@ def test_no_such_file(project: Project) -> None:
     assert message(declare(project, "weights/w.pt")) == (
         "weights weights/w.pt: no such file\n    paths are relative to the folder of pipeline.yaml"
     )
+
+
+def test_a_file_that_may_not_be_read(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project.root / "w.safetensors").write_bytes(b"")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
+    assert message(declare(project, "w.safetensors")) == "weights w.safetensors: may not be read by this user"
 
 
 def test_another_digest_is_refused_before_the_file_is_read(project: Project) -> None:

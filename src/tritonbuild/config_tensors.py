@@ -108,7 +108,9 @@ def _path_problem(text: str, root: Path) -> str | None:
         return f"{text} is a link out of the project's folder"
     if not file.exists():
         return f"{text}: no such file"
-    return None if file.is_file() else f"{text}: is a folder, expected a file"
+    if not file.is_file():
+        return f"{text}: is a folder, expected a file"
+    return None if os.access(file, os.R_OK) else f"{text}: may not be read by this user"
 
 
 def inputs(entries: list[dict[str, Any]], declared: Declared) -> Iterator[Problem]:

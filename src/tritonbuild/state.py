@@ -213,7 +213,7 @@ class FileDigests:
     def digest(self, path: str | Path) -> str | None:
         """Return the sha256 of the file's content in hexadecimal, or None when there is no such file.
 
-        A folder is none, nor is a link that leads nowhere.
+        A folder is none, nor is a link that leads nowhere, nor what may not be read: the task says so that reads it.
         """
         name = os.fspath(path)
         if not name.startswith("/"):
@@ -236,7 +236,10 @@ class FileDigests:
         if known is not None and known.startswith(fresh):
             return known[len(fresh) :]
         now_ns = time.time_ns()
-        digest = self._verified.get(_written(found)) or sha256_of(name)
+        try:
+            digest = self._verified.get(_written(found)) or sha256_of(name)
+        except OSError:
+            return None
         self._seen[name] = fresh + digest
         if now_ns - found.st_ctime_ns > _SETTLED_NS:
             self._new[name] = fresh + digest

@@ -9,6 +9,7 @@ Source: docs/pipeline.md, "weights"; torch.load and safetensors.
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import re
 import zipfile
@@ -43,6 +44,8 @@ def read(version: ModelVersion, root: Path) -> dict[str, Tensor]:
     path = root / name
     if not path.is_file():
         raise TraceError(where, f"weights {name}: no such file", "paths are relative to the folder of pipeline.yaml")
+    if not os.access(path, os.R_OK):
+        raise TraceError(where, f"weights {name}: may not be read by this user")
     expected = version.weights.sha256
     found = _digest(path) if expected else None
     if found != expected:
