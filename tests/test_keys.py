@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tritonbuild import actions, keys, outlines, parts, serving, spec
+from tritonbuild import actions, keys, outlines, parts, rules, serving, spec, yamlfile
 from tritonbuild.state import State
 
 if TYPE_CHECKING:
@@ -159,6 +159,11 @@ _IN_NO_RECIPE = {"errors.py", "hazards.py", "rules.py", "spec.py", "yamlfile.py"
 def test_a_recipe_holds_every_module_that_makes_the_result(module: str, recipe: tuple[str, ...]) -> None:
     assert _reach(module) - _IN_NO_RECIPE - set(recipe) == set()
     assert [name for name in recipe if not (OURS / name).exists()] == []
+
+
+def test_what_is_remembered_as_valid_is_so_for_the_code_that_found_it_valid() -> None:
+    decides = {Path(path).name for path in (spec.__file__, yamlfile.__file__, rules.__file__, *rules.TABLES)}
+    assert decides == _reach("spec") - {"errors.py"}
 
 
 # ------------------------------------------------------------------------------------------------- up to date or not

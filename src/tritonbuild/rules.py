@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from tritonbuild import dtypes
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tritonbuild.spec import Input, Model, Pipeline, Trace, Weights
     from tritonbuild.yamlfile import Location, Problem
 
+TABLES = (dtypes.__file__, str(Path(__file__).with_name("hazards.py")))
+"""The files beside this one that decide what is valid."""
 _LONGEST_NAME = 200  # file systems take 255 bytes, and files are named after models with more before and behind
 _LARGEST = 2**63 - 1  # of a size or a version number, in torch and in Triton
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")

@@ -267,7 +267,7 @@ def load(path: Path, memory: Path | None = None) -> Pipeline:
         SpecError: With every problem of the file, in line order.
     """
     path = path.absolute()
-    known = yamlfile.Memory(memory, path, (__file__, rules.__file__)) if memory else None
+    known = yamlfile.Memory(memory, path, (__file__, rules.__file__, *rules.TABLES)) if memory else None
     recalled = known.recall() if known else None
     data = yamlfile.read(path) if recalled is None else recalled
     if not isinstance(data, dict):
