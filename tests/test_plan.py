@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 from conftest import DODO, Project, Ran
 
+from tritonbuild import commands
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -243,6 +245,14 @@ def test_plan_and_why_import_neither_torch_nor_numpy(built: Project, tmp_path: P
         assert "tritonbuild.plan" in imported
         assert not imported & {"torch", "numpy", "tritonclient", "tritonbuild.trace"}
     assert not (project.root / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1 kB"), (999_499, "999 kB"), (999_500, "1 MB"), (10**12, "1 TB")],
+)
+def test_sizes(count: int, text: str) -> None:
+    assert commands._size(count) == text
 
 
 def test_gc_keeps_what_is_in_use(built: Project) -> None:

@@ -196,8 +196,8 @@ def _kept_by(name: str) -> str:
 
 
 def _size(count: int) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 999.5:  # what is rounded up to 1000 is 1 of the next unit
             return f"{count:.3g} {unit}"
         count /= 1000  # type: ignore[assignment]
-    return f"{count:.3g} GB"
+    return f"{count:.3g} TB"
