@@ -255,6 +255,20 @@ def test_names_that_are_not_utf_8_and_a_terminal_without_their_letters(
     assert made.doit("trace").tasks == ["trace:four/1"]
 
 
+def test_a_task_of_the_user_makes_the_weights_first_however_their_path_is_spelt(
+    project: Callable[[dict[str, str]], Project],
+) -> None:
+    model = "torch.nn:Linear\n    kwargs: {in_features: 4, out_features: 1}\n    weights: {path: .//made/w.pt}"
+    dodo = (
+        "import sys\nfrom tritonbuild.graph import *\n\ndef task_weights():\n    return {"
+        "'actions': ['mkdir -p made', [sys.executable, 'make.py']], 'targets': ['made/w.pt']}\n"
+    )
+    make = "import torch\ntorch.save(torch.nn.Linear(4, 1).state_dict(), 'made/w.pt')\n"
+    text = 'triton: "26.07"\nmodels:\n' + NEW_MODEL.replace("torch.nn:Tanh", model)
+    ran = project({"dodo.py": dodo, "make.py": make, "pipeline.yaml": text}).doit("trace")
+    assert (ran.code, ran.tasks) == (0, ["weights", "trace:four/1"]), ran.out
+
+
 def test_another_declaration_lies_beside_dodo_py(project: Callable[[dict[str, str]], Project]) -> None:
     yaml = 'triton: "26.07"\nmodels:\n' + NEW_MODEL
     made = project({"other.yaml": yaml, "folder/other.yaml": yaml})

@@ -136,8 +136,9 @@ def stored_name(target: str) -> str:
 
 def trace_files(pipeline: Pipeline, version: ModelVersion) -> list[str]:
     """Return the files that a version is declared to read: its weights, its example data, its entry point."""
-    files = [version.weights.path] if version.weights else []
-    files += [declared.values for declared in version.inputs.values() if declared.values]
+    # Spelt as a task of the user spells its target, which runs first then.
+    files = [os.path.normpath(version.weights.path)] if version.weights else []
+    files += [os.path.normpath(declared.values) for declared in version.inputs.values() if declared.values]
     source = _source(pipeline.root, version.entry_point.split(":")[0])
     return [*files, source] if source else files
 
