@@ -69,7 +69,9 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
-            holder = _HOLDER.read_text().strip() if _HOLDER.exists() else "unknown"
+            holder = "unknown"
+            with contextlib.suppress(FileNotFoundError):  # not written yet, or just removed
+                holder = _HOLDER.read_text().strip()
             self.write(f"   another doit (process {holder}) works in this folder; waiting for it\n")
             self.outstream.flush()
             self.lock.acquire()
