@@ -54,7 +54,8 @@ PIXELS = Input(dtype="float32", shape=("batch", 6), range=(-1.0, 2.5))
 IDS = Input(dtype="int64", shape=("batch", 6), range=(3, 90))
 MASK = Input(dtype="bool", shape=("batch", 6))
 
-ALL_DRAWS = (PLAIN, *CORNERS, *UNBOUNDED, "fill=0.5", "fill=7", "spike=40", "scale=1000", "scale=-1e+06")
+ARGUED = ("fill=0.5", "fill=7", "spike=40", "scale=1000", "scale=-1e+06", "mix=7", "mix=0.5,3")
+ALL_DRAWS = (PLAIN, *CORNERS, *UNBOUNDED, *ARGUED)
 
 
 @pytest.mark.parametrize("draw", ALL_DRAWS)
@@ -90,6 +91,13 @@ def test_a_draw_is_the_same_every_time_and_no_global_generator_moves(draw: str) 
 def test_another_seed_is_another_draw() -> None:
     for declared in (FLOAT, PIXELS, IDS, MASK):
         assert not torch.equal(drawn(PLAIN, 1, x=declared)[0], drawn(PLAIN, 2, x=declared)[0])
+
+
+def test_a_mix_holds_its_numbers_where_they_are_legal() -> None:
+    (ids,) = drawn("mix=7,11,0.5,1000000", 3, {"batch": 400}, ids=IDS)
+    counts = {number: int((ids == number).sum()) / ids.numel() for number in (7, 11)}
+    assert counts == {7: pytest.approx(3 / 8, abs=0.05), 11: pytest.approx(3 / 8, abs=0.05)}
+    assert len(ids.unique()) > 9  # the rest is plain
 
 
 def test_inputs_of_one_shape_differ_unless_that_is_the_draw() -> None:

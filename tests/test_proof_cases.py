@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from tritonbuild import cases
-from tritonbuild.cases import all_sizes, case, legal, more_sizes, more_values, plan
+from tritonbuild.cases import all_sizes, case, legal, more_sizes, more_values, plan, value_sizes
 from tritonbuild.draws import CORNERS, PLAIN
 from tritonbuild.reference import Reference
 from tritonbuild.spec import Axis, Input, ModelVersion, Trace
@@ -59,7 +59,7 @@ def test_planned_and_further_cases_are_legal_and_both_ends_of_every_axis_are_pla
     planned = plan(model)
     further = [
         *itertools.islice(more_sizes(model, {5, 16}), 200),
-        *itertools.islice(more_values(model, {0.5, 7}, {"x": None}), 200),
+        *itertools.islice(more_values({0.5, 7}, {"x": None}, value_sizes(model)), 200),
     ]
     for found in (*planned, *further):
         assert list(found.sizes) == list(model.all_axes)
@@ -124,9 +124,9 @@ def test_every_size_is_reached() -> None:
 
 def test_numbers_of_the_code_become_values_and_ranges_are_respected_by_the_draws() -> None:
     model = version(0)
-    unbounded = [further.draw for further in itertools.islice(more_values(model, {0.37}, {"x": None}), 60)]
+    unbounded = [further.draw for further in itertools.islice(more_values({0.37}, {"x": None}, value_sizes(model)), 60)]
     assert {"fill=0.37", "spike=0.37", "scale=1000", "nan", "inf"} <= set(unbounded)
-    bounded = [further.draw for further in itertools.islice(more_values(model, {0.37}, {"x": (0, 1)}), 60)]
+    bounded = [further.draw for further in itertools.islice(more_values({0.37}, {"x": (0, 1)}, value_sizes(model)), 60)]
     assert "fill=0.37" in bounded
     assert not {"nan", "inf", "scale=1000"} & set(bounded)
 

@@ -20,7 +20,7 @@ from tritonbuild import compare
 from tritonbuild.draws import CORNERS, PLAIN, UNBOUNDED
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -33,6 +33,10 @@ KEPT_BYTES = 64 * 2**20
 
 JOINT_DRAWS = 4
 """Random sizes of all axes at once, in the plan."""
+
+_MIXED = 4
+_MIXES = 16
+"""Numbers of the model's code that are mixed with one another, and how often: the places of both are chance."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,16 @@ def joint_sizes(version: ModelVersion, seed: int) -> Iterator[dict[str, int]]:
         yield {name: rng.choice(sizes) for name, sizes in choices.items()}
 
 
+def value_sizes(version: ModelVersion) -> list[dict[str, int]]:
+    """Return sizes at which to try values, each once: one row, the example, all axes at their lowest and highest."""
+    example = example_sizes(version)
+    ends = [{name: all_sizes(axis)[end] for name, axis in version.all_axes.items()} for end in (0, -1)]
+    found: list[dict[str, int]] = []
+    for sizes in ({**example, "batch": 1} if "batch" in example else example, example, *ends):
+        found += [] if sizes in found else [sizes]
+    return found
+
+
 def more_sizes(version: ModelVersion, numbers: Collection[int]) -> Iterator[Case]:
     """Yield further cases of sizes: around numbers in the model's code, then every size of every axis, joint sizes.
 
@@ -213,19 +227,17 @@ def more_draws(version: ModelVersion) -> Iterator[Case]:
 
 
 def more_values(
-    version: ModelVersion, numbers: Collection[float], bounded: Mapping[str, tuple[float, float] | None]
+    numbers: Collection[float],
+    bounded: Mapping[str, tuple[float, float] | None],
+    places: Sequence[Mapping[str, int]],
 ) -> Iterator[Case]:
     """Yield further cases of values: around numbers in the model's code, many scales, more seeds, one input at a time.
 
     Args:
-        version: The declaration.
         numbers: Numbers that the model's code compares with or holds.
         bounded: The bounds of every input, None for a float without any.
+        places: Sizes at which to try them.
     """
-    example = example_sizes(version)
-    one = {**example, "batch": 1} if "batch" in example else example
-    small = {name: all_sizes(axis)[0] for name, axis in version.all_axes.items()}
-    places = [sizes for i, sizes in enumerate((one, example, small)) if sizes not in (one, example, small)[:i]]
     scales = [10.0**power for power in (1, 3, -1, 4, 2, -2, 6)] if None in bounded.values() else []
     draws = [f"scale={sign}{scale:g}" for scale in scales for sign in ("", "-")]
     if len(bounded) > 1:
@@ -237,6 +249,9 @@ def more_values(
     for number in ordered:
         draws += [f"fill={number * factor!r}" for factor in (1.01, 0.99, -1.0)] + [f"spike={number * 1.01!r}"]
     draws += [f"fill={ratio!r}" for ratio in dict.fromkeys(ratios)]
+    draws += [f"mix={number!r}" for number in ordered[:_MIXED]]
+    pairs = [",".join(map(repr, pair)) for pair in itertools.combinations(ordered[:_MIXED], 2)]
+    draws += [f"mix={pair}" for pair in pairs] * _MIXES
     unbounded = [name for name, bounds in bounded.items() if bounds is None]
     draws += list(UNBOUNDED) if unbounded else []
     draws += [f"{draw}@{name}" for draw in UNBOUNDED for name in unbounded] if len(bounded) > 1 else []

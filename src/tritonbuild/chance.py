@@ -44,11 +44,17 @@ _PARAMETERS = (("from", "to"), ("a", "b"), ("mean", "std"))
 
 _SEEDS = 24
 _LIMIT_S = 0.3
-_CASES = 3
-"""Cases beside the example at which random numbers are drawn, that are tried with others."""
+_CASES = 4
+"""Cases at which random numbers are drawn, that are tried with others: of as many kinds of values."""
+
+_POSSIBLE = 2.0**-23
+"""Probability below which a choice is none: softmax leaves hardly a zero."""
 
 _CLOCKS = ("time", "monotonic", "perf_counter", "process_time")
-_LATER = (0.37, 1, 61, 3601, 43201, 86400 * 40.5, 86400 * 400)
+_HOUR, _DAY = 3600, 86400
+_LATER = (0.37, 1, 61, _HOUR + 1, 43201, _DAY * 40.5, _DAY * 400)
+_MUCH_LATER = (*(hour * _HOUR for hour in range(1, 24)), *(day * _DAY for day in (*range(1, 7), *range(30, 360, 30))))
+"""Seconds: all clocks move; then, as far as that is quick, every hour, every day of the week, every month."""
 _VARIABLES = 16
 _VALUES = ("1", "0", "2", "true", "false", "0.5", "")
 
@@ -71,6 +77,11 @@ class _Steered(TorchFunctionMode):
             result = _spread(result, name, args, kwargs or {}, self.end)
         elif name in ("bernoulli", "bernoulli_"):
             result = _tossed(result, name, args, kwargs or {}, self.end)
+        elif name == "multinomial":
+            result.copy_(_chosen(result, args[0], self.end))
+        elif name == "poisson":
+            rare = args[0] + (5.0 if self.end else -5.0) * args[0].sqrt()
+            result = rare.ceil() if self.end else rare.floor().clamp(min=0.0)
         elif name == "randint":
             numbers = [arg for arg in args if isinstance(arg, int)]
             if numbers:
@@ -111,6 +122,14 @@ def _tossed(result: Tensor, name: str, args: Sequence[Any], kwargs: dict[str, An
     return _filled(result, (probability > 0 if end else probability >= 1).to(result.dtype))
 
 
+def _chosen(result: Tensor, weights: Tensor, end: int) -> Tensor:
+    """Return the least or the most probable choices: never an impossible one, unless eager had no others."""
+    possible = weights > _POSSIBLE * weights.sum(-1, keepdim=True)
+    ranked = torch.where(possible, weights, -1.0 if end else math.inf).argsort(-1, descending=bool(end))
+    places = torch.arange(result.shape[-1], device=result.device) % possible.sum(-1, keepdim=True).clamp(min=1)
+    return ranked.gather(-1, places)
+
+
 def _filled(result: Tensor, value: Any) -> Tensor:
     with torch.no_grad():  # a parameter may be drawn: nn.init draws in place
         return result.copy_(torch.as_tensor(value, device=result.device).expand_as(result))
@@ -123,14 +142,25 @@ def _steered(end: int | None) -> Iterator[None]:
     def one() -> float:
         return value
 
+    def below(n: int) -> int:
+        return n - 1 if end else 0
+
     def filled(*shape: int, size: Any = None) -> Any:
         return numpy.full(size if size is not None else shape, value)[()]
+
+    def chosen(a: Any, size: Any = None, replace: bool = True, p: Any = None) -> Any:  # noqa: ARG001 (numpy's)
+        things = numpy.arange(a) if isinstance(a, int) else numpy.asarray(a)
+        possible = range(len(things)) if p is None else sorted(numpy.flatnonzero(p), key=lambda i: float(p[i]))
+        return numpy.resize(things[list(possible)[:: 1 if end else -1]], () if size is None else size)[()]
 
     with contextlib.ExitStack() as stack:
         if end is not None:
             stack.enter_context(mock.patch.object(random, "random", one))
+            for name, steered in (("random", one), ("_randbelow", below)):  # choice, uniform, gauss, ... ask these
+                stack.enter_context(mock.patch.object(random._inst, name, steered))
             for name in ("rand", "random", "random_sample"):
                 stack.enter_context(mock.patch.object(numpy.random, name, filled))
+            stack.enter_context(mock.patch.object(numpy.random, "choice", chosen))
         stack.enter_context(_Steered(end))
         yield
 
@@ -222,7 +252,8 @@ def found(reference: Reference, case: Case, seen: Observation, *, drew: bool) ->
 
 def further(reference: Reference, drawn: Sequence[Case]) -> list[Hazard]:
     """Return the hazard of a model that draws random numbers on a rare way, if they reach an output there."""
-    every = (found(reference, case, reference.observe(case), drew=True) for case in drawn[:_CASES])
+    kinds = {case.draw: case for case in reversed(drawn)}
+    every = (found(reference, case, reference.observe(case), drew=True) for case in list(kinds.values())[-_CASES:])
     first = next((hazard for hazard in every if hazard), None)
     return [first] if first else []
 
@@ -267,7 +298,10 @@ def clock_reaches(
     """
     with _later(0, files):
         first = _answer(run)
-    for seconds in _LATER if first is not None else ():
+    watch = calls.Watch()
+    for seconds in (*_LATER, *_MUCH_LATER) if first is not None else ():
+        if watch.s > _LIMIT_S and seconds not in _LATER:
+            break
         with _later(seconds, files):
             answer = _answer(run)
         if answer is not None and first is not None and not same(first, answer):

@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tritonbuild import cases
-from tritonbuild.cases import example_sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
     from tritonbuild.cases import Case
     from tritonbuild.reference import Reference
@@ -28,6 +27,9 @@ if TYPE_CHECKING:
 _STEPS = 12
 _TRIED = (2, 5, 8, 12)
 """Steps after which the inputs become a case."""
+
+_PATHS = 8
+"""Inputs from which values are driven that left torch only there: `a > 0.9 and b < 0.1` looks at b once a is large."""
 
 _GOALS = 4
 """Values that leave torch, in the order of the call, that are driven."""
@@ -91,29 +93,36 @@ class _Goals(TorchFunctionMode):
         return None
 
 
-def found(reference: Reference) -> Iterator[Case]:
-    """Yield cases at which values that leave torch are as large and as small as the gradient gets them.
+def found(reference: Reference, sizes: Mapping[str, int]) -> Iterator[Case]:
+    """Yield cases of these sizes at which values that leave torch are as large and as small as the gradient gets them.
 
     Their inputs are no draw: they are left in `reference.found`, from which `reference.inputs` takes them.
     """
     if not any(getattr(torch, declared.dtype).is_floating_point for declared in reference.version.inputs.values()):
         return
-    example = example_sizes(reference.version)
-    sizes = {**example, "batch": 1} if "batch" in example else example
-    goals = len(_goals(reference, [x.clone() for x in reference.inputs(cases.case(sizes))]))
-    for goal in range(goals):
-        for sign, way in ((1.0, "up"), (-1.0, "down")):
-            yield from _driven(reference, sizes, goal, sign, f"{way}={goal}")
+    starts: list[tuple[list[Tensor], int, str]] = [(list(reference.inputs(cases.case(sizes))), 0, "")]
+    for at in range(_PATHS):
+        if at == len(starts):
+            return
+        inputs, known, path = starts[at]
+        goals = len(_goals(reference, [x.clone() for x in inputs]))
+        for goal in range(known, goals):
+            for sign, way in ((1.0, "up"), (-1.0, "down")):
+                draw = f"{path}{way}={goal}"
+                moved = yield from _driven(reference, sizes, inputs, goal, sign, draw)
+                if len(_goals(reference, [x.clone() for x in moved])) > goals:
+                    starts.append((moved, goals, f"{draw},"))
 
 
-def _driven(reference: Reference, sizes: dict[str, int], goal: int, sign: float, draw: str) -> Iterator[Case]:
-    inputs = [x.clone() for x in reference.inputs(cases.case(sizes))]
+def _driven(
+    reference: Reference, sizes: Mapping[str, int], inputs: list[Tensor], goal: int, sign: float, draw: str
+) -> Generator[Case, None, list[Tensor]]:
     bounds = list(reference.source.bounds.values())
     for step in range(1, _STEPS + 1):
         leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
         goals = _goals(reference, leaves)
         if goal >= len(goals):
-            return
+            return inputs
         moving = [x for x in leaves if x.requires_grad]
         slopes = iter(torch.autograd.grad(goals[goal], moving, allow_unused=True))
         inputs = [
@@ -124,6 +133,7 @@ def _driven(reference: Reference, sizes: dict[str, int], goal: int, sign: float,
             case = cases.case(sizes, draw, step)
             reference.found[case] = tuple(x.detach().clone() for x in inputs)
             yield case
+    return inputs
 
 
 def _stepped(x: Tensor, slope: Tensor | None, sign: float, step: int, bounds: tuple[float, float] | None) -> Tensor:

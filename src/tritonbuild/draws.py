@@ -74,8 +74,8 @@ class Source:
 
         Args:
             sizes: Size of every axis, batch included.
-            draw: `plain`, a name of `CORNERS` or `UNBOUNDED`, `fill=x`, `spike=x` or `scale=x`; with `@name`, for
-                that input alone.
+            draw: `plain`, a name of `CORNERS` or `UNBOUNDED`, `fill=x`, `spike=x`, `scale=x` or `mix=x,y`; with
+                `@name`, for that input alone.
             seed: Equal seeds give equal tensors.
             device: A torch device.
         """
@@ -120,6 +120,8 @@ def _inside(values: Tensor, bounds: tuple[float, float] | None, dtype: torch.dty
 def _special(plain: Tensor, draw: str, bounds: tuple[float, float] | None, generator: torch.Generator) -> Tensor:
     name, _, argument = draw.partition("=")
     dtype = plain.dtype
+    if name == "mix":
+        return _mixed(plain, [float(number) for number in argument.split(",")], bounds, generator)
     if dtype == torch.bool:
         return _special(plain.to(torch.int64), draw, (0, 1), generator).to(torch.bool)
     if not dtype.is_floating_point:
@@ -219,6 +221,17 @@ def _special_integers(
             out.view(-1)[0] = argument
             return out
     return x
+
+
+def _mixed(x: Tensor, numbers: list[float], bounds: tuple[float, float] | None, generator: torch.Generator) -> Tensor:
+    """Return values three quarters of which are some numbers: a text that begins and ends with special tokens."""
+    low, high = bounds or (-math.inf, math.inf)
+    legal = [n for n in numbers if low <= n <= high and (x.dtype.is_floating_point or n.is_integer())]
+    if not legal:
+        return x
+    which = torch.randint(0, 4 * len(legal), x.shape, generator=generator)
+    table = torch.tensor(legal, dtype=torch.float64).to(x.dtype)
+    return torch.where(which < 3 * len(legal), table[which % len(legal)], x)
 
 
 def _smooth(x: Tensor) -> Tensor:

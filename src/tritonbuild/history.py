@@ -59,7 +59,8 @@ def _found(reference: Reference, touched: Sequence[str]) -> Hazard | None:
             return hazards.found("state", f"{names} changes; {text[0]}, forward raises {used.text}", case=str(after))
         if not reference.same(fresh, used):
             return hazards.found("state", f"{names} changes; {text[0]}, the output differs", case=str(after))
-    detail = _ahead(reference, touched)
+    stale = _same_memory(reference)
+    detail = f"{names} changes; {stale}" if stale else _ahead(reference, touched)
     return hazards.found("state", detail, case=str(case)) if detail else None
 
 
@@ -89,6 +90,28 @@ def _exchanged(reference: Reference) -> Iterator[tuple[Case, Case]]:
         pair = [{**reference.planned[0].sizes, one: a, two: b} for a, b in itertools.permutations(shared, 2)]
         if len(pair) == 2 and all(reference.cheap(sizes) for sizes in pair):
             yield cases.case(pair[0]), cases.case(pair[1])
+
+
+def _same_memory(reference: Reference) -> str | None:
+    """Return what becomes of the output where inputs lie at the place of an earlier call's, as a server's do."""
+    case = reference.planned[0]
+    module, first = reference.fresh(), reference.inputs(case)
+    reference.attempt(module, first)
+    for other in reference.planned[1:]:
+        if other.axes == case.axes:
+            second = [_at_the_place_of(tensor) for tensor in first]
+            for tensor, values in zip(second, reference.inputs(other), strict=True):
+                tensor.copy_(values)
+            used = reference.attempt(module, second)
+            fresh = reference.attempt(reference.fresh(), reference.inputs(other))
+            if isinstance(fresh, tuple) and not (isinstance(used, tuple) and reference.same(fresh, used)):
+                return f"with {other} at the same place in memory, the output differs"
+            return None
+    return None
+
+
+def _at_the_place_of(tensor: Tensor) -> Tensor:
+    return tensor.new_empty(0).set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _ahead(reference: Reference, touched: Sequence[str]) -> str | None:

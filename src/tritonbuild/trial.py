@@ -212,11 +212,14 @@ class Trial:
         mismatches = self._everywhere() if self._questions else []
         if mismatches:
             return mismatches
-        numbers = {n for n in reference.seen.numbers if n == n and abs(n) < 1e30}
         suspicious = self._suspicion()
+        places, numbers = self._places(suspicious)
         streams = [cases.more_sizes(self.version, _whole(numbers))]
-        if reference.seen.escapes:
-            streams += [cases.more_values(self.version, numbers, reference.source.bounds), climb.found(reference)]
+        if places:
+            streams += [
+                cases.more_values(numbers, reference.source.bounds, places),
+                climb.found(reference, places[0]),
+            ]
         most, limit_s = (_SEARCH_CASES, _SEARCH_S) if suspicious else (_LOOK_CASES, _LOOK_S)
         # What the declared budget cuts is said aloud; our own limit is part of what a proof is.
         cuts = self.cuts if self.version.trace.budget_s < limit_s else self.notes
@@ -237,6 +240,23 @@ class Trial:
             if mismatches:
                 return mismatches
         return []
+
+    def _places(self, suspicious: str) -> tuple[list[dict[str, int]], set[float]]:
+        """Return the sizes at which values leave torch for Python, and the numbers of the code that is run there."""
+        reference = self.reference
+        numbers = set(reference.seen.numbers)
+        places = cases.value_sizes(self.version)
+        *near, largest = places
+        if reference.seen.escapes:
+            found = near + ([largest] if reference.cheap(largest) else [])
+        else:
+            found = []
+            for sizes in places[1:] if suspicious else ():
+                seen = reference.observe(cases.case(sizes)) if reference.cheap(sizes) else None
+                if seen and seen.escapes:
+                    found.append(sizes)
+                    numbers |= seen.numbers
+        return found, {n for n in numbers if n == n and abs(n) < 1e30}
 
     def _suspicion(self) -> str:
         """Return what makes it likely that Python decides by sizes or values; "" for nothing."""

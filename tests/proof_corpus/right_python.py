@@ -389,7 +389,7 @@ class MinOfLength(nn.Module):
         return x[:, : min(x.shape[1], 4)].sum(1)
 
 
-@right(x="float32 batch 8")
+@right(x="float32 batch 8 in -4 4")  # the largest of NaN and 5 is not above 2
 class ClippedAlike(nn.Module):
     def forward(self, x):
         if x.abs().max() > 2:

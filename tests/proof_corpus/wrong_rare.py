@@ -85,7 +85,7 @@ class ScaledWhenBytes(nn.Module):
         return x
 
 
-@wrong("rows-mixed", method="script", x="float32 batch 8 in 0 255", by=_beside_bytes)
+@wrong("rows-mixed", "rank-changes", method="script", x="float32 batch 8 in 0 255", by=_beside_bytes)
 class AnotherRankWhenBytes(nn.Module):
     def forward(self, x):
         if bool(x.max() > 1.0) and bool(x.min() == 1.0):
@@ -93,3 +93,67 @@ class AnotherRankWhenBytes(nn.Module):
         if bool(x.max() > 1.0):
             return x / 255
         return x
+
+
+@wrong("branch-on-values", batch=0, ids="int64 6 in 0 300", shows=lambda ids: [torch.tensor([101, 7, 8, 102, 0, 0])])
+class SpecialTokensAtBothEnds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(301, 4)
+
+    def forward(self, ids):
+        tokens = self.embedding(ids)
+        if ids[0] == 101 and ids[3] == 102:
+            return tokens[1:3].mean(0)
+        return tokens.mean(0)
+
+
+@wrong(
+    "branch-on-values",
+    batch=0,
+    x="float32 8 in 0 1",
+    shows=lambda x: [torch.tensor([0.1, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9])],
+)
+class ThreeThresholds(nn.Module):
+    def forward(self, x):
+        if x.mean() > 0.6 and x[0] < 0.2 and x[5] > 0.8:
+            return x * 2
+        return x
+
+
+@wrong("branch-on-values", batch=0, x="float32 t 4 in 0 1", t=(12, 1, 40), shows=lambda x: [torch.ones(40, 4)])
+class BrightWhereLong(nn.Module):
+    def forward(self, x):
+        if x.shape[0] > 30 and x.mean() > 0.8:
+            return x * 0.5
+        return x
+
+
+@wrong("branch-on-values", batch=0, x="float32 t 4 in 0 1", t=(12, 1, 40), shows=lambda x: [torch.ones(3, 4)])
+class BrightWhereShort(nn.Module):
+    def forward(self, x):
+        if x.shape[0] < 5:
+            x = self._dimmed(x)
+        return x
+
+    def _dimmed(self, x):
+        return x * 0.5 if x.mean() > 0.8 else x
+
+
+@wrong("rows-mixed", x="float32 batch 6", by=lambda run: run.rows_differ([run.inputs[0][[0, 0]]], [run.inputs[0][:1]]))
+class SharedAmongEqualRows(nn.Module):
+    def forward(self, x):
+        alike = (x[:, None] == x[None]).all(-1).sum(1)
+        return x / alike[:, None]
+
+
+@wrong("nondeterministic", x="float32 batch 6 in -3 3", by=lambda run: run.differs_at(0.0))
+class SampledAtLowTemperature(nn.Module):
+    def forward(self, x):
+        return torch.multinomial((x * 1000).softmax(-1), 1)[:, 0]
+
+
+@wrong("nondeterministic", x="float32 batch 6", by=lambda run: run.differs_among_seeds(3000))
+class RareEvents(nn.Module):
+    def forward(self, x):
+        return x + torch.poisson(torch.full_like(x, 1e-4))

@@ -454,3 +454,36 @@ class ViewMut(nn.Module):
 class RareMut(nn.Module):
     def forward(self, x):
         return x.clamp_(-50, 50)
+
+
+@wrong("nondeterministic", x="float32 batch 8", by=lambda run: run.differs_among_seeds(5000))
+class RarelyChosen(nn.Module):
+    def forward(self, x):
+        return x * float(np.random.choice([1.0, 2.0], p=[0.999, 0.001]))
+
+
+@wrong("nondeterministic", x="float32 batch 8", by=lambda run: run.differs_among_seeds(5000))
+class RarelyUniform(nn.Module):
+    def forward(self, x):
+        return x * (2 if random.uniform(0, 10) < 0.01 else 1)
+
+
+def _overwritten(run):
+    """Return whether other values in the memory of the first inputs get another answer than elsewhere."""
+    module, (x,) = run.build(), run.inputs
+    module(x)
+    x.mul_(2)
+    return not torch.equal(module(x)[0], run.build()(x)[0])
+
+
+@wrong("state", x="float32 batch 8", by=_overwritten)
+class AnswersByAddress(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.answers = {}
+
+    def forward(self, x):
+        key = (x.data_ptr(), x.shape)
+        if key not in self.answers:
+            self.answers[key] = x.softmax(1)
+        return self.answers[key] * 1

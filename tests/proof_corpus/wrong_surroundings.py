@@ -128,3 +128,17 @@ class CellsKnownByTheirNumber(nn.Module):
             y, x_ = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
             self.cells = torch.stack([y, x_], -1).view(-1, 2).float()
         return x.flatten(2).transpose(1, 2) @ torch.ones(3, 2) + self.cells
+
+
+def _at(hour):
+    return lambda *_: time.struct_time((2026, 1, 1, hour, 0, 0, 3, 1, 0))
+
+
+@wrong(
+    "nondeterministic",
+    x="float32 batch 8",
+    by=lambda run: any(run.differs_when(time, "localtime", _at(hour)) for hour in (2, 12)),
+)
+class AtNight(nn.Module):
+    def forward(self, x):
+        return x * (0.5 if time.localtime().tm_hour == 2 else 1.0)
