@@ -45,6 +45,24 @@ def reloaded(module: Any) -> Any:
         return torch.jit.load(buffer)
 
 
+@pytest.mark.parametrize(
+    ("forward", "kind"),
+    [
+        (lambda x: x.sum() * torch.arange(0, x.shape[0] * 0.1, 0.1), "aten::arange"),
+        (lambda x: x[(torch.arange(2) * (x.shape[0] / 3)).long()], "aten::to"),
+        (lambda x: x * (torch.arange(4) < x.shape[1] ** 0.5), "aten::lt"),
+        (lambda x: F.interpolate(x[None], scale_factor=0.7, recompute_scale_factor=True), "aten::floor"),
+        (lambda x: x * x.shape[1] ** -0.5 + torch.arange(x.shape[1]) / x.shape[1], None),
+        (lambda x: x[:, : (x.shape[1] + 1) // 2].reshape(-1, 2 * x.shape[0]), None),
+        (lambda x: x * x.mean().floor() + torch.div(x, 0.3, rounding_mode="floor"), None),
+    ],
+)
+def test_the_part_of_a_size_that_is_rounded_is_found(forward: Any, kind: str | None) -> None:
+    for module in (traced(forward), reloaded(traced(forward))):
+        found = Graph(module).rounded_size()
+        assert (found.kind if found else None) == kind
+
+
 def test_devices_are_found_with_their_line() -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
         return x + torch.zeros(4, device=x.device)

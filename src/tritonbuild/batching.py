@@ -38,6 +38,10 @@ _ROUNDING = 0.01
 _NEIGHBOURS = ("zeros", "high", "low", "large", "ones", "prefix")
 """Draws of values that another row of the batch may have."""
 
+_NUMBERS = 8
+_LARGEST = 1e30
+"""How many numbers of the model's code another row may hold, and below what."""
+
 _FURTHER_S = 0.1
 _DECIDES_S = 1.0
 _LEAST = 12
@@ -189,36 +193,45 @@ def further(reference: Reference, names: Sequence[str], searched: Sequence[Case]
 
 def _neighbours(
     reference: Reference, sizes: Mapping[str, int], searched: Iterable[Case]
-) -> Iterator[tuple[Case, Sequence[Tensor]]]:
-    """Yield a case, and inputs of its sizes whose last row is put into it."""
+) -> Iterator[tuple[Case, Case]]:
+    """Yield a case, and another whose first and last row are put into it, one at a time."""
     bounded = reference.source.bounds
-    draws = [*_NEIGHBOURS, *(("fill=30", "fill=-30") if None in bounded.values() else ())]
+    draws = [*_NEIGHBOURS, *(("fill=30", "fill=-30", "nan") if None in bounded.values() else ())]
     draws += [f"{draw}@{name}" for draw in _NEIGHBOURS[:4] for name in bounded] if len(bounded) > 1 else []
+    numbers = sorted(n for n in reference.seen.numbers if 2 < abs(n) < _LARGEST)[:_NUMBERS]
+    draws += [f"{draw}={number!r}" for number in numbers for draw in ("fill", "spike")]
     plain = cases.case(sizes, PLAIN, 510)
     for i, draw in enumerate(draws):
         special = cases.case(sizes, draw, 520 + i)
-        yield plain, reference.inputs(special)
-        yield special, reference.inputs(plain)
+        yield plain, special
+        yield special, plain
     for case in searched:
-        inputs = reference.inputs(case)
-        # What a client gets whose neighbour sends NaN is not asked.
-        if {**case.sizes, "batch": 1} == {**sizes, "batch": 1} and all(bool(x.isfinite().all()) for x in inputs):
-            yield plain, inputs
+        if {**case.sizes, "batch": 1} == {**sizes, "batch": 1}:
+            yield plain, case
 
 
-def _beside(reference: Reference, names: Sequence[str], case: Case, other: Sequence[Tensor]) -> Hazard | None:
-    """Return the hazard of rows that change when the last row becomes another one."""
+def _beside(reference: Reference, names: Sequence[str], case: Case, other: Case) -> Hazard | None:
+    """Return the hazard of rows that change when the last row becomes another one, or the first."""
     whole = reference.answer(case)
-    mixed = [torch.cat([tensor[:-1], row[-1:]]) for tensor, row in zip(reference.inputs(case), other, strict=True)]
-    found = reference.attempt(reference.usable(), mixed)
-    if not _has_rows(whole, names) or not isinstance(found, tuple):
+    if not _has_rows(whole, names):
         return None
-    if not _has_rows(found, names):
-        text = "beside other rows, the outputs are others in number or rank"
-        return hazards.found("rows-mixed", text, case=str(case))
-    rows = range(min(case.sizes["batch"] - 1, 2))
-    compared = (_compared(reference, names, case, row, "beside other rows", (whole, found, row)) for row in rows)
-    return next((hazard for hazard in compared if hazard), None)
+    batch = case.sizes["batch"]
+    pairs = list(zip(reference.inputs(case), reference.inputs(other), strict=True))
+    with_last = [torch.cat([tensor[:-1], given[-1:]]) for tensor, given in pairs]
+    with_first = [torch.cat([given[:1], tensor[1:]]) for tensor, given in pairs]
+    turns = ((with_last, range(batch - 1)[:2], "last"), (with_first, range(1, batch)[-2:], "first"))
+    for mixed, rows, which in turns[:1] if reference.dear else turns:
+        text = f"beside other rows (the {which} from draw={other.draw} seed={other.seed})"
+        found = reference.attempt(reference.usable(), mixed)
+        if not isinstance(found, tuple):
+            continue
+        if not _has_rows(found, names):
+            return hazards.found("rows-mixed", f"{text}, the outputs are others in number or rank", case=str(case))
+        for row in rows:
+            hazard = _compared(reference, names, case, row, text, (whole, found, row))
+            if hazard:
+                return hazard
+    return None
 
 
 def _has_rows(answer: Answer, names: Sequence[str]) -> TypeGuard[tuple[Tensor, ...]]:

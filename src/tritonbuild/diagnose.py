@@ -213,7 +213,8 @@ def _unexplained(evidence: Evidence, mismatch: Mismatch) -> Hazard:
     warned = next(_warnings(evidence), None)
     if warned and evidence.traced and "constants in the trace" in warned.message:
         return _named("frozen-tensor", mismatch, Site(warned.filename, warned.lineno))
-    return _named("differs", mismatch, _warned(evidence))
+    rounded = evidence.graph.rounded_size()
+    return _named("differs", mismatch, _warned(evidence) or (rounded.site if rounded else None))
 
 
 def _named(name: str, mismatch: Mismatch, site: Site | None) -> Hazard:

@@ -47,6 +47,25 @@ _TRAINING = {
     **{f"aten::{name}": (6, 5) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
     "aten::scaled_dot_product_attention": (4, 4),
 }
+_SMOOTH = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("add", "sub", "rsub", "mul", "div", "reciprocal", "pow", "sqrt", "rsqrt", "exp", "log", "log2", "neg", "abs"),
+        *("minimum", "maximum", "clamp", "to", "detach", "ScalarImplicit", "FloatImplicit"),
+    )
+)
+"""What is computed of sizes without rounding to whole numbers."""
+_FRACTIONS = frozenset(f"aten::{name}" for name in ("div", "reciprocal", "sqrt", "rsqrt", "exp", "log", "log2"))
+_WHOLE = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("Int", "floor", "ceil", "round", "trunc", "frac", "floor_divide", "remainder", "fmod", "arange"),
+        *("eq", "ne", "lt", "le", "gt", "ge"),
+    )
+)
+"""What makes whole numbers, or truth, of fractions: a last bit decides."""
+_INTEGERS, _FLOATS = frozenset(range(5)), frozenset((5, 6, 7, 15))
+"""at::ScalarType: uint8 to int64; float16, float32, float64, bfloat16."""
 _RANGE = re.compile(r'(?:File "(?P<f1>[^"]+)", line (?P<l1>\d+))|(?:^\s*(?P<f2>[^\s(][^(\n]*)\((?P<l2>\d+)\):)', re.M)
 
 
@@ -60,6 +79,8 @@ class Node:
         inputs: Constants among its inputs, None where an input is computed.
         outputs: Number of outputs: an unpacked list has one per element.
         site: The line of model code that it comes from, if known.
+        reads: Names of the values that go in.
+        writes: Names of the values that come out.
     """
 
     kind: str
@@ -67,6 +88,8 @@ class Node:
     inputs: tuple[Any, ...]
     outputs: int
     site: Site | None
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
 
 
 class Graph:
@@ -107,6 +130,26 @@ class Graph:
     def branches(self) -> bool:
         """Return whether what is run may depend on values: there are branches or loops."""
         return not {"prim::If", "prim::Loop"}.isdisjoint(self.operators)
+
+    def rounded_size(self) -> Node | None:
+        """Return a node that makes a whole number of a size that became a fraction; None if there is none.
+
+        A fraction of a size is a float64 in Python and a float32 in a trace: `n * 0.29` at 100 is 28 in one, 29 in the
+        other. Scripts compute as Python does, with numbers, not with tensors.
+        """
+        sizes: set[str] = set()
+        fractions: set[str] = set()
+        for node in self.nodes:
+            read = set(node.reads)
+            if node.kind == "prim::NumToTensor":
+                sizes |= set(node.writes)
+            elif read & fractions and (node.kind in _WHOLE or _to(node, _INTEGERS)):
+                return node
+            elif node.kind in _SMOOTH | _WHOLE and read & (sizes | fractions):
+                divides = node.kind in _FRACTIONS and not any(isinstance(x, str) for x in node.inputs)  # rounding_mode
+                fraction = divides or _to(node, _FLOATS) or any(isinstance(x, float) and x % 1 for x in node.inputs)
+                (fractions if fraction or read & fractions else sizes).update(node.writes)
+        return None
 
     def has_lstm(self) -> bool:
         """Return whether oneDNN's LSTM may run, which does not check the size of its initial state."""
@@ -169,6 +212,11 @@ def _trains(node: Node) -> bool:
     return probability is None or node.inputs[probability] != 0
 
 
+def _to(node: Node, dtypes: frozenset[int]) -> bool:
+    dtype = node.inputs[1:3]  # of to(dtype), to(device, dtype)
+    return node.kind == "aten::to" and any(type(number) is int and number in dtypes for number in dtype)
+
+
 @dataclass(frozen=True)
 class _Digest:
     shape: tuple[int, ...]
@@ -187,7 +235,8 @@ def _walk(block: Any, constants: dict[str, Any]) -> Iterator[Node]:
         if kind == "prim::Constant":
             constants[node.output().debugName()] = constant
         inputs = tuple(constants.get(value.debugName()) for value in node.inputs())
-        yield Node(kind, constant, inputs, node.outputsSize(), _site(node))
+        reads, writes = (tuple(x.debugName() for x in values) for values in (node.inputs(), node.outputs()))
+        yield Node(kind, constant, inputs, node.outputsSize(), _site(node), reads, writes)
         for inner in node.blocks():
             yield from _walk(inner, constants)
 

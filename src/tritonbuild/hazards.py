@@ -101,7 +101,7 @@ HAZARDS: dict[str, Meaning] = {
     ),
     "torchscript-fails": Meaning(
         "the TorchScript raises for declared inputs that eager takes",
-        f"find what is fixed to the example at the line below, or {_SCRIPT}",
+        f"find what is fixed to the example at that line, or {_SCRIPT}",
     ),
     "unstable-calls": Meaning(
         "the TorchScript's answer changes from call to call for the same inputs, eager's does not",
@@ -121,7 +121,7 @@ HAZARDS: dict[str, Meaning] = {
     ),
     "differs": Meaning(
         "outputs differ from eager and none of the other hazards explains it",
-        f"compare both at the case below, or {_SCRIPT}",
+        f"compute sizes in whole numbers, compare both at that case, or {_SCRIPT}",
     ),
     "unknown-operator": Meaning(
         "the libtorch of the declared Triton release does not know an operator of the TorchScript",

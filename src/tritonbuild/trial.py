@@ -264,7 +264,10 @@ class Trial:
         if escape:
             return f"the value that leaves torch{f' at {escape.site}' if escape.site else ''}"
         warned = next((warning for warning in self.warnings if first_party(warning.filename)), None)
-        return f"the tracer's warning at {Site(warned.filename, warned.lineno)}" if warned else ""
+        if warned:
+            return f"the tracer's warning at {Site(warned.filename, warned.lineno)}"
+        rounded = self.graph.rounded_size()
+        return f"the size that is rounded{f' at {rounded.site}' if rounded.site else ''}" if rounded else ""
 
     def _everywhere(self) -> list[Mismatch]:
         """Look at all sizes, as far as the budget allows: the TorchScript was made by other code than eager runs.

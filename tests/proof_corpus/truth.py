@@ -183,10 +183,10 @@ class Run:
         inputs = [torch.full_like(x, value) for x in self.inputs]
         return not equal(call(self.build(), inputs, seed=0), call(self.build(), inputs, seed=1))
 
-    def rows_differ(self, one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
-        """Return whether the first rows, which are given equal, get other answers in the two batches."""
+    def rows_differ(self, one: Sequence[Tensor], two: Sequence[Tensor], row: int = 0) -> bool:
+        """Return whether the first rows (or others), which are given equal, get other answers in the two batches."""
         answers = [call(self.build(), inputs) for inputs in (one, two)]
-        return not equal(*(tuple(x[:1] if x.dim() else x for x in answer) for answer in answers))
+        return not equal(*(tuple(x[row].reshape(-1) if x.dim() else x for x in answer) for answer in answers))
 
     def rows_differ_at(self, *sizes: int) -> bool:
         """Return whether the first row of random inputs of these first sizes gets another answer alone."""

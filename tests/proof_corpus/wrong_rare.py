@@ -157,3 +157,76 @@ class SampledAtLowTemperature(nn.Module):
 class RareEvents(nn.Module):
     def forward(self, x):
         return x + torch.poisson(torch.full_like(x, 1e-4))
+
+
+def _first(value):
+    """Return what shows that the last of four equal rows changes when the first one holds a value."""
+
+    def shown(run):
+        rows = torch.cat([run.inputs[0][-1:]] * 4)
+        mixed = torch.cat([torch.full_like(rows[:1], value), rows[1:]])
+        return run.rows_differ([mixed], [rows], row=-1)
+
+    return shown
+
+
+@wrong("rows-mixed", method="script", step="int64 batch in 0 999", by=_first(0))
+class NoNoiseIfTheFirstIsAtItsEnd(nn.Module):
+    def forward(self, step):
+        kept = 1 - step / 1000
+        if bool(step[0] == 0):
+            return kept
+        return kept + 0.1
+
+
+@wrong("rows-mixed", ids="int64 batch t in 0 600", t=(5, 1, 9), by=_first(101))
+class PooledAsTheFirstRowBegins(nn.Module):
+    def forward(self, ids):
+        return torch.where(ids[0, 0] == 101, ids.sum(1), ids[:, 0]).float()
+
+
+@wrong("rows-mixed", x="float32 batch t 8", t=(8, 2, 16), by=lambda run: run.rows_differ([_alike(4)], [_alike(1)], -1))
+class ExpertsOfLimitedCapacity(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(8, 4)
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        chosen = F.one_hot(self.gate(tokens).argmax(1), 4)
+        place = (chosen.cumsum(0) * chosen).sum(1)
+        return (tokens * (place <= tokens.shape[0] // 2 + 1)[:, None]).view(x.shape)
+
+
+def _alike(rows):
+    return torch.ones(rows, 8, 8)
+
+
+@wrong("rows-mixed", x="float32 batch 6", by=_others(float("nan")))
+class SilencedByNanElsewhere(nn.Module):
+    def forward(self, x):
+        return torch.where(torch.isfinite(x).all(), x, torch.zeros_like(x))
+
+
+def _beside_nan(run):
+    return run.rows_differ([_clipped(torch.nan)], [_clipped(0.0)])
+
+
+@wrong("rows-mixed", method="script", x="float32 batch 8", by=_beside_nan)
+class ClippedUnlessNanElsewhere(nn.Module):
+    def forward(self, x):
+        if bool(x.abs().max() > 2):
+            return x.clamp(-2, 2)
+        return x * 1.0
+
+
+def _clipped(other):
+    return torch.stack([torch.full((8,), 3.0), torch.full((8,), other)])
+
+
+@wrong(
+    "differs", x="float32 batch 1 h w", h=(64, 32, 128), w=(64, 32, 128), shows=lambda x: (x.new_ones(1, 1, 99, 100),)
+)
+class SmallerByARoundedFraction(nn.Module):
+    def forward(self, x):
+        return F.interpolate(x, scale_factor=0.29, recompute_scale_factor=True)
