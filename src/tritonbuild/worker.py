@@ -83,9 +83,9 @@ def run(version: ModelVersion, root: Path, out: Path, log: Path, *, import_limit
     )
     child.start()
     sender.close()
-    reply = None
+    reply, phase = None, ""
     try:
-        reply = _listen(child, receiver, version.label, import_limit_s)
+        reply, phase = _listen(child, receiver, version.label, import_limit_s)
     finally:
         # After its last word it ends by itself: to give its memory back takes 10 ms, which need not be waited for.
         if reply is None:
@@ -94,7 +94,7 @@ def run(version: ModelVersion, root: Path, out: Path, log: Path, *, import_limit
             child.join()
         receiver.close()
     if reply is None:
-        raise _died(child, version, log)
+        raise _died(child, version, log, phase)
     if "error" in reply:
         kind, arguments = reply["error"]
         raise getattr(errors, kind)(*arguments)
@@ -111,8 +111,10 @@ def _context() -> Any:
     return context
 
 
-def _listen(child: BaseProcess, receiver: Connection, label: str, import_limit_s: float) -> dict[str, Any] | None:
-    """Return the child's last word, or None when it died without one."""
+def _listen(
+    child: BaseProcess, receiver: Connection, label: str, import_limit_s: float
+) -> tuple[dict[str, Any] | None, str]:
+    """Return the child's last word, or None when it died without one, and what it was doing."""
     started = time.monotonic()
     phase, said = "importing", ""
     while True:
@@ -122,12 +124,12 @@ def _listen(child: BaseProcess, receiver: Connection, label: str, import_limit_s
             try:
                 message: dict[str, Any] = receiver.recv()
             except EOFError:
-                return None
+                return None, phase
             if "phase" not in message:
-                return message
+                return message, phase
             phase = message["phase"]
         elif child.sentinel in ready:
-            return None
+            return None, phase
         if phase == "importing" and elapsed > import_limit_s:
             child.kill()
             raise TraceError(
@@ -141,7 +143,7 @@ def _listen(child: BaseProcess, receiver: Connection, label: str, import_limit_s
             said = phase
 
 
-def _died(child: BaseProcess, version: ModelVersion, log: Path) -> BuildError:
+def _died(child: BaseProcess, version: ModelVersion, log: Path, phase: str) -> BuildError:
     where = f"trace {version.label}"
     tail = f"its output is in {_relative(log)}"
     code = child.exitcode or 0
@@ -150,6 +152,13 @@ def _died(child: BaseProcess, version: ModelVersion, log: Path) -> BuildError:
             where,
             "the child was killed (SIGKILL); the usual reason is that memory ran out",
             f"make the largest batch or axis smaller, or free memory; {tail}",
+        )
+    if code < 0 and phase.startswith("making the TorchScript (trace"):
+        return ProofError(
+            where,
+            f"crash: PyTorch's tracer ended the child by {signal.Signals(-code).name}",
+            "it does not survive an error of an operator that forward catches (`try` around a view): test beforehand "
+            f"instead; {tail}",
         )
     if code < 0:
         return ProofError(
