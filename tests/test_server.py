@@ -367,8 +367,6 @@ def test_a_url_server_says_why_it_does_not_serve_a_model(broken: server.Server) 
     broken.load("right")
     with server.at(broken.url) as running:
         running.load("right")
-        running.unload("right")
-        running.load("right")
         assert running.log_tail() == ""
         with pytest.raises(ServerError) as failed:
             running.load("no_file")
@@ -438,18 +436,32 @@ def test_models_that_do_not_fit_are_loaded_one_after_the_other(
 ) -> None:
     with server.embedded(models, tmp_path / "build") as running:
         assert isinstance(running, server._Embedded)
-        assert running._next_wave(["a", "b", "c"], keep=()) == ["a", "b", "c"]
+        assert running._next_wave(["a", "b", "c"]) == ["a", "b", "c"]
         monkeypatch.setattr(server, "_free_memory", lambda: running._needs("a") * 2)
-        assert running._next_wave(["a", "b", "c"], keep=()) == ["a", "b"]
+        assert running._next_wave(["a", "b", "c"]) == ["a", "b"]
 
         running.load("a")
         monkeypatch.setattr(server, "_free_memory", lambda: 0)
         running.load("b", "c")
 
-        assert running._loaded == ["b", "c"]
-        assert [process.cmdline()[1] for process in named(tmp_path, "triton_python_backend_stub")] == [
-            f"{models}/{name}/1/model.pt" for name in ("b", "c")
-        ]
+        assert held(models, tmp_path) == ["b", "c"]  # "a" was waited for
+
+
+def test_models_whose_turn_is_over_are_let_go(models: Path, tmp_path: Path) -> None:
+    with server.embedded(models, tmp_path / "build") as running:
+        running.load("a")
+        running.load("a", "b")
+        assert held(models, tmp_path) == ["a", "b"]
+        running.load("c")
+        running.load("a")  # while it is still ending
+        assert [running.versions(name) for name in "abc"] == [["1"], [], []]
+        assert eventually(lambda: held(models, tmp_path) == ["a"])
+
+
+def held(models: Path, scratch: Path) -> list[str]:
+    """Return the models that have a process."""
+    lines = [process.cmdline()[1] for process in named(scratch, "triton_python_backend_stub")]
+    return sorted(line.removeprefix(f"{models}/").removesuffix("/1/model.pt") for line in lines)
 
 
 def test_what_a_model_needs(models: Path, tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ class Server:
     def load(self, *models: str) -> None:
         """Make sure that models are ready. A server that is not ours is not told to load anything.
 
+        Our own lets go of its other models: each has a process, and to hold a thousand takes all memory there is.
+
         Raises:
             ServerError: With the model's own reason.
         """
@@ -86,9 +88,6 @@ class Server:
         """Return whether the server was ours and ended by itself."""
         return False
 
-    def unload(self, *models: str) -> None:
-        """Free what models hold. A server that is not ours keeps its models."""
-
     def log_tail(self, lines: int = 12) -> str:
         """Return the last lines of the server's log, without its tables; empty where there is no log."""
         return "" if self.log is None else "\n".join(_lines(self.log)[-lines:])
@@ -101,6 +100,7 @@ class _Embedded(Server):
         self._path = log
         self._repository = repository
         self._loaded: list[str] = []
+        self._leaving: set[str] = set()
         self._failures: dict[str, ServerError] = {}
 
     def load(self, *models: str) -> None:
@@ -108,8 +108,12 @@ class _Embedded(Server):
             if model in self._failures:  # to load it again may end the server: a warm-up that failed does
                 raise self._failures[model]
         pending = [model for model in dict.fromkeys(models) if model not in self._loaded]
+        if pending:
+            self._let_go([model for model in self._loaded if model not in models])
+        if not self._leaving.isdisjoint(pending):  # tritonserver can end if it loads what has not ended yet
+            self._until_gone()
         while pending:
-            wave = self._next_wave(pending, keep=models)
+            wave = self._next_wave(pending)
             pending = pending[len(wave) :]
             threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
             try:
@@ -131,23 +135,25 @@ class _Embedded(Server):
             time.sleep(0.02)
         return self._process.poll() is not None
 
-    def unload(self, *models: str) -> None:
-        for model in models:
+    def _let_go(self, models: Sequence[str]) -> None:
+        for model in models:  # answered at once; their processes take a second or two to end
             _ask(self.url, f"/v2/repository/models/{model}/unload", {})
             self._loaded.remove(model)
+            self._leaving.add(model)
+
+    def _until_gone(self) -> None:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline and any(
-            row["name"] in models and row.get("state") in {"READY", "UNLOADING"}
-            for row in _ask(self.url, "/v2/repository/index", {})
+            row.get("state") == "UNLOADING" for row in _ask(self.url, "/v2/repository/index", {})
         ):
             time.sleep(0.02)
+        self._leaving.clear()
 
-    def _next_wave(self, pending: Sequence[str], keep: Sequence[str]) -> list[str]:
-        """Return the first models that fit into memory together; make room when there is none for the first."""
+    def _next_wave(self, pending: Sequence[str]) -> list[str]:
+        """Return the first models that fit into memory together; wait for room when there is none for the first."""
+        if self._needs(pending[0]) > _free_memory():
+            self._until_gone()
         free = _free_memory()
-        if self._needs(pending[0]) > free:
-            self.unload(*[model for model in self._loaded if model not in keep])
-            free = _free_memory()
         wave = [pending[0]]
         for model in pending[1:]:
             if sum(map(self._needs, [*wave, model])) > free:
