@@ -200,6 +200,22 @@ def test_targets(built: Project) -> None:
     assert "from the store" in ran.out
 
 
+def test_a_file_that_is_not_ours_is_seen_wherever_it_lies(built: Project) -> None:
+    stranger = built.root / "models/one/1/libtriton_pytorch.so"
+    stranger.write_text("Triton would load this in the place of its own")
+    assert plan(built).out.endswith("1 would run, 0 fetched, 0 may follow, 5 up to date\n")
+    ran = built.doit(*BUILD)
+    stranger.unlink()
+    assert (ran.code, ran.tasks) == (1, ["repository"])
+    assert ran.out.endswith(
+        "!! models/one/1/libtriton_pytorch.so: not written by tritonbuild\n"
+        "    models/ is generated, and Triton serves what it finds there: move it away\n"
+        "   0 done, 5 up to date, 1 failed (repository)\n"
+    )
+    assert built.doit(*BUILD).tasks == ["repository"]
+    assert plan(built).out.endswith("6 up to date\n")
+
+
 def test_a_failed_task_says_why(built: Project) -> None:
     built.write({"nets.py": NETS.replace("class Net", "class Other")})
     assert built.doit(*BUILD).code == 1

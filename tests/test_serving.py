@@ -165,6 +165,10 @@ def test_a_model_that_does_not_load_fails_its_own_test_alone(project: Callable[[
     assert line in {ended, f"{told}the TorchScript interpreter."}
     verdicts = {name: json.loads((made.root / f".build/smoke/{name}/1.json").read_text())["verdict"] for name in "abc"}
     assert verdicts == {"a": "passed", "b": "failed", "c": "passed"}
+    for row, code in ((4, 0), (98, 1)):  # only the warm-up changes, and the verdict with it
+        (made.root / "ids").write_bytes(row.to_bytes(8, "little") * 4)
+        ran = made.doit()
+        assert (ran.code, ran.tasks) == (code, ["config:b", "smoke:b/1"]), ran.out
 
 
 def test_a_server_that_ended_by_itself_is_started_again(project: Callable[[dict[str, str]], Project]) -> None:

@@ -193,7 +193,7 @@ def _smoke(declared: Pipeline, version: ModelVersion, server: serving.ServerChoi
         "name": version.label,
         "doc": f"models/{version.label} on {server.kind} against its cases",
         "actions": [(serving.smoke, [declared, version, server, check])],
-        "file_dep": serving.smoke_files(version),
+        "file_dep": serving.smoke_files(declared, version),
         "task_dep": server.task_dep,
         "targets": targets,
         "uptodate": [check],

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritonbuild import keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tritonbuild.spec import ModelVersion, Pipeline
 
@@ -87,17 +87,19 @@ def config(pipeline: Pipeline, name: str) -> keys.Parts:
 
 
 def repository(pipeline: Pipeline) -> keys.Parts:
-    """Return what is declared and which folders are there."""
+    """Return what is declared and what is there."""
     declared = {name: sorted(model.versions) for name, model in pipeline.models.items()}
-    return {"declared": declared, "folders": sorted(_folders(pipeline.root / "models"))}
+    return {"declared": declared, "folders": sorted(_names(pipeline.root / "models"))}
 
 
-def _folders(models: Path) -> Iterator[str]:
-    try:
-        with os.scandir(models) as entries:
+def _names(models: Path) -> Iterator[str]:
+    """Yield the path, from models/, of every file and folder there: Triton loads a backend that lies beside a model."""
+    below = [(models, "")] if models.is_dir() else []
+    while below:
+        folder, above = below.pop()
+        with os.scandir(folder) as entries:
             for entry in entries:
-                yield entry.name
+                name = above + entry.name
+                yield name
                 if entry.is_dir(follow_symlinks=False):
-                    yield from (f"{entry.name}/{name}" for name in os.listdir(entry.path))
-    except FileNotFoundError:
-        return
+                    below.append((Path(entry.path), f"{name}/"))

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from tritonbuild import actions, keys, outlines, yamlfile
+from tritonbuild import actions, keys, outlines, state, yamlfile
 from tritonbuild.errors import StoreError
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class Foresight:
                     first, *rest = reason.where or ("",)
                     if first == "files" and self.owners.get(rest[0]) in self.steps:
                         continue  # what that task leaves decides: see _after
-                    if first == "folders" and self._after(task)[0]:
+                    if first == "folders" and (self._after(task)[0] or self._comes_back(reason)):
                         continue
                     yield self._in_words(task.name, reason)
             else:
@@ -138,10 +139,10 @@ class Foresight:
                 if digest is None or digest != self.memory._get(task.name, path):
                     after[owner] = after.get(owner, False) or digest is not None
         if not task.file_dep:
-            # It looks for itself at what the tasks before it leave: the folders of models/, or what goes into an image.
+            # It looks for itself at what the tasks before it leave: the names in models/, or what goes into an image.
             by_folders = any(isinstance(check, keys.UpToDate) for check, _, _ in task.uptodate)
             for name in self._with_parts(task.task_dep):
-                if name in self.steps and not (self._is_old(name) if by_folders else self._leaves_all(name)):
+                if name in self.steps and not (self._is_old(name, task) if by_folders else self._leaves_all(name)):
                     after[name] = False
         return [name for name in self.steps if name in after] if after else [], any(after.values())
 
@@ -151,10 +152,20 @@ class Foresight:
             if self.tasks[name].has_subtask:
                 yield from self.tasks[name].task_dep
 
-    def _is_old(self, name: str) -> bool:
-        """Return whether the targets of a task add no name to models/ or to a model's folder."""
-        names = ("/".join(target.split("/")[:3]) for target in self.tasks[name].targets)
-        return all((self.pipeline.root / name).exists() for name in names)
+    def _is_old(self, name: str, looker: Task) -> bool:
+        """Return whether a task adds no name to models/ that was not there when the looker looked."""
+        return self._writes(name) <= set(state.current().parts(looker.name).get("folders", ()))
+
+    def _comes_back(self, reason: keys.Reason) -> bool:
+        """Return whether names of models/ are missing, and none but those that the tasks before write again."""
+        written = set().union(*map(self._writes, self.steps))
+        return set(reason.before) == {*reason.after, *written}
+
+    def _writes(self, name: str) -> set[str]:
+        """Return the paths, from models/, that a task writes, with those of their folders."""
+        targets = (PurePosixPath(target) for target in self.tasks[name].targets)
+        paths = (path for target in targets for path in (target, *target.parents) if target.parts[0] == "models")
+        return {str(path.relative_to("models")) for path in paths if len(path.parts) > 1}
 
     def _leaves_all(self, name: str) -> bool:
         files = self.steps[name].files

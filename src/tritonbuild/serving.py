@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tritonbuild import keys, state
-from tritonbuild.actions import Scratch, fetch, put, task, traced
+from tritonbuild.actions import Scratch, config_targets, fetch, put, task, traced
 from tritonbuild.errors import ServerError
 from tritonbuild.reporter import Reporter
 
@@ -117,13 +117,13 @@ def smoke_parts(pipeline: Pipeline, version: ModelVersion, server: ServerChoice)
     parts = server.parts()
     if server.is_known:
         parts["device"] = keys.device_kind()
-        parts["files"] = keys.file_digests(pipeline.root, smoke_files(version))
+        parts["files"] = keys.file_digests(pipeline.root, smoke_files(pipeline, version))
     return parts
 
 
-def smoke_files(version: ModelVersion) -> list[str]:
-    """Return the files that a smoke test reads."""
-    return [traced(version).model, f"models/{version.model}/config.pbtxt", traced(version).cases]
+def smoke_files(pipeline: Pipeline, version: ModelVersion) -> list[str]:
+    """Return the files that a smoke test reads, or Triton when it loads the model: warm-up data, too."""
+    return [traced(version).model, *config_targets(pipeline, version.model), traced(version).cases]
 
 
 class ServerChoice:
