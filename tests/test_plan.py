@@ -216,6 +216,16 @@ def test_a_file_that_is_not_ours_is_seen_wherever_it_lies(built: Project) -> Non
     assert plan(built).out.endswith("6 up to date\n")
 
 
+def test_a_stored_result_that_lacks_a_file_is_none(built: Project) -> None:
+    for path in (built.root / ".build/store/results").glob("*/*.json"):
+        path.write_text(re.sub(r'"proof.json":{[^}]*},', "", path.read_text()))
+    assert built.doit("forget", "trace:two/1").code == 0
+    assert plan(built).out.startswith("trace:two/1  run\n    never finished here, or forgotten\n")
+    ran = built.doit(*BUILD)
+    assert (ran.code, ran.tasks) == (0, ["trace:two/1"])
+    assert "from the store" not in ran.out
+
+
 def test_a_failed_task_says_why(built: Project) -> None:
     built.write({"nets.py": NETS.replace("class Net", "class Other")})
     assert built.doit(*BUILD).code == 1

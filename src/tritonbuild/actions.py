@@ -27,6 +27,7 @@ from tritonbuild.errors import BuildError, ProofError, SpecError, TraceError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from tritonbuild.results import Result
     from tritonbuild.spec import ModelVersion, Pipeline
     from tritonbuild.store import Store
 
@@ -149,6 +150,11 @@ def _source(root: Path, module: str) -> str | None:
     return next((path for path in (f"{name}.py", f"src/{name}.py") if os.path.exists(root / path)), None)
 
 
+def is_whole(found: Result, check: keys.UpToDate) -> bool:
+    """Return whether a stored result has all that the task writes; one of another version of tritonbuild may not."""
+    return {stored_name(target) for target in check.targets} <= found.files.keys()
+
+
 @task
 def trace(pipeline: Pipeline, version: ModelVersion, check: keys.UpToDate) -> dict[str, Any]:
     """Take a version's model.pt, signature, cases and proof from a store, or trace and prove it; publish them."""
@@ -187,7 +193,7 @@ def fetch(results: Store, check: keys.UpToDate, out: Path, what: str) -> dict[st
         return keys.action_key(check.complete(files, distributions))
 
     found = results.find(keys.action_key(check.parts()), key_of)
-    if found is None or not results.fetch(found, out):
+    if found is None or not is_whole(found, check) or not results.fetch(found, out):
         return None
     sys.stdout.write(f"   {what}: from the {'shared ' if found.remote else ''}store, made in {found.seconds:.1f} s\n")
     files, distributions = found.reads

@@ -218,7 +218,7 @@ class Foresight:
         found: Result | None = self._store.find(
             keys.action_key(check.parts()), lambda *reads: keys.action_key(check.complete(*reads))
         )
-        return found
+        return found if found and actions.is_whole(found, check) else None
 
 
 class _Places:
