@@ -89,6 +89,16 @@ def test_a_result_that_nobody_may_write_is_linked_and_survives_being_replaced(tm
     assert source.exists()
 
 
+def test_a_file_of_the_user_that_nobody_may_write_is_copied(tmp_path: Path) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_bytes(b"cat")
+    labels.chmod(0o444)
+    repository.publish(tmp_path, "pnet", {"labels.txt": labels})
+    labels.chmod(0o644)
+    labels.write_bytes(b"dog")
+    assert (tmp_path / "models/pnet/labels.txt").read_bytes() == b"cat"
+
+
 def test_publishing_again_replaces_its_part_and_no_other(tmp_path: Path) -> None:
     publish_pnet(tmp_path)
     repository.publish(tmp_path, "pnet", {"model.pt": b"new"}, version=2)

@@ -60,7 +60,7 @@ def publish(root: Path, model: str, files: Mapping[str, Path | bytes], version: 
         new = folder / f"{_LEFTOVER}{os.getpid()}"
         try:
             for path, source in changed.items():
-                _write(new / path, source)
+                _write(new / path, source, may_link=version is not None)
             # Listed before they are in place: after a kill in between they are still known as ours.
             _write_marker(folder, listed | set(wanted))
             if version is not None and changed and not (folder / prefix).exists():
@@ -303,10 +303,11 @@ def _same(target: Path, source: Path | bytes) -> bool:
     return True
 
 
-def _write(path: Path, source: Path | bytes) -> None:
+def _write(path: Path, source: Path | bytes, *, may_link: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(source, Path) and not source.stat().st_mode & 0o222:
-        # A result of the store, which nobody may write: one file on the disk, not two.
+    if may_link and isinstance(source, Path) and not source.stat().st_mode & 0o222:
+        # A result of the store, which nobody may write: one file on the disk, not two. Labels and warm-up data are the
+        # user's, who may write them once more.
         link(source, path)
         return
     if isinstance(source, bytes):
