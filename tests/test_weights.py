@@ -165,3 +165,63 @@ def test_weights_of_a_model_inside_data_parallel(project: Project) -> None:
     assert message(declare(project, "w.safetensors")).endswith(
         '\n    every name starts with "module.": save the state dict of the model inside DataParallel'
     )
+
+
+RENAMED = """
+class Net(nn.Module):
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.new = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.new(x)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        if local_metadata.get("version") is None:
+            for key in ("weight", "bias"):
+                if f"old.{key}" in state_dict:
+                    state_dict[f"new.{key}"] = state_dict.pop(f"old.{key}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+"""
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_a_module_may_know_the_names_of_its_older_versions(name: str, project: Project) -> None:
+    # torchvision's ViT, RetinaNet and FPN do: the files that it publishes have the old names.
+    old = {f"old.{key}": value for key, value in PARTS["f"].state_dict().items()}
+    (save_file if name.endswith(".safetensors") else torch.save)(old, project.root / name)
+    build = project.declare(RENAMED, weights={"path": name}).builder()
+    for model in (build(), build()):
+        assert torch.equal(model.module.new.weight, old["old.weight"])
+
+    del old["old.bias"]
+    (save_file if name.endswith(".safetensors") else torch.save)(old, project.root / name)
+    assert message(project.declare(RENAMED, weights={"path": name})) == (
+        f"weights {name} do not fit Net: 2 missing: new.weight, new.bias; 1 unexpected: old.weight\n"
+        "    the file holds 1 tensors, the model has 2: same architecture, same kwargs?"
+    )
+
+
+LENIENT = """
+
+    def load_state_dict(self, state_dict, *_, **__):
+        found = super().load_state_dict(state_dict, strict=False)
+        return {returned}
+"""
+
+
+@pytest.mark.parametrize("returned", ["found", "None"])
+def test_a_module_that_loads_less_strictly_does_not_decide(returned: str, project: Project) -> None:
+    incomplete = state()
+    save_file(incomplete, project.root / "w.safetensors")
+    source = NET.rstrip() + LENIENT.format(returned=returned)
+    build = project.declare(source, weights={"path": "w.safetensors"}).builder()
+    assert torch.equal(build().module.f.bias, incomplete.pop("f.bias"))
+
+    save_file(incomplete, project.root / "w.safetensors")
+    assert message(project.declare(source, weights={"path": "w.safetensors"})) == (
+        "weights w.safetensors do not fit Net: 1 missing: f.bias\n"
+        "    the file holds 6 tensors, the model has 7: same architecture, same kwargs?"
+    )
