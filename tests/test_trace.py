@@ -282,6 +282,22 @@ def test_nothing_can_be_made(project: Project) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_name_that_torchscript_cannot_read(project: Project) -> None:
+    source = """
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.entrée = nn.Linear(4, 3)
+
+            def forward(self, x):
+                return self.entrée(x)
+        """
+    message, _ = failed(project.declare(source, trace={"method": "trace"}), TraceError)
+    assert message == (
+        'trace m/1: PyTorch cannot read the TorchScript that it wrote: the name "entrée" is not ASCII\n    rename it'
+    )
+
+
 def test_a_gpu_that_is_not_there(project: Project) -> None:
     text, proof = failed(project.declare(entry_point="torch.nn:Tanh", device="cuda"), TraceError)
     assert text == re.sub(

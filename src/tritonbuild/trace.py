@@ -126,13 +126,13 @@ class _Run:
             self._begin(f"making the TorchScript ({description})")
             self.reference.forget()
             try:
-                self._write(make(), path)
+                read = [self._written(make(), path)]
             except TraceError as error:
                 self._note(str(error))
                 tried.append((description, error))
                 continue
             self._begin(f"proving it ({description})")
-            verdict = self._proved(path, make.warnings, traced=make.traced)
+            verdict = self._proved(path, read, make.warnings, traced=make.traced)
             self._note(f"{verdict.cases} cases, {len(verdict.hazards)} hazards, {verdict.seconds:.1f} s")
             if verdict.passed:
                 self.record = {**proof.report(verdict, self.reference), "candidate": description, **_tried(tried)}
@@ -147,24 +147,41 @@ class _Run:
                 break  # it is the model itself; no other TorchScript of it can pass
         raise self._failure(tried)
 
-    def _write(self, made: torch.jit.ScriptModule, path: Path) -> None:
+    def _written(self, made: torch.jit.ScriptModule, path: Path) -> torch.jit.ScriptModule:
+        """Write the file, and return what is read of it: PyTorch writes names that it cannot read."""
         try:
             archive.write(made, path)
+        except UnicodeDecodeError as error:
+            raise self._unreadable(error) from error
         except RuntimeError as error:
             if "Could not export Python function" not in str(error):
                 raise
             # A torch.autograd.Function, @torch.jit.ignore: they stay Python.
             what = f"the TorchScript cannot be saved: {explained(error, self.root)}"
             raise TraceError(self.where, what, "call operators of torch instead, or script the part") from error
+        try:
+            return self._load(path)
+        except RuntimeError as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> TraceError:
+        model = self.build().module
+        kinds = (f"{type(part).__module__}.{type(part).__qualname__}" for part in model.modules())
+        members = (name for part in model.modules() for name in (*part._modules, *part._parameters, *part._buffers))
+        other = next((name for name in (*kinds, *members) if not name.isascii()), None)
+        what = "PyTorch cannot read the TorchScript that it wrote"
+        if other:
+            return TraceError(self.where, f'{what}: the name "{other}" is not ASCII', "rename it")
+        return TraceError(self.where, f"{what}: {explained(error, self.root)}")
 
     def _load(self, path: Path) -> torch.jit.ScriptModule:
         return torch.jit.load(path, map_location=self.device)  # type: ignore[no-untyped-call,no-any-return]
 
-    def _proved(self, path: Path, warnings: list[Any], *, traced: bool) -> Verdict:
+    def _proved(self, path: Path, read: list[torch.jit.ScriptModule], warnings: list[Any], *, traced: bool) -> Verdict:
         return proof.prove(
             self.version,
             self.build,
-            lambda: self._load(path),
+            lambda: read.pop() if read else self._load(path),
             self.device,
             warnings,
             self.reference,
