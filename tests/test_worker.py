@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -142,6 +143,22 @@ def test_what_a_child_prints_goes_to_the_log_and_what_it_reads_is_found(
         "proof.json",
         "signature.json",
     ]
+
+
+def test_texts_that_an_encoding_lacks(project: Callable[[dict[str, str]], Project]) -> None:
+    """The name of a file that is no UTF-8; and anything beyond ASCII, where that is all that the terminal has."""
+    slow = "def build():\n    print('caf\\udce9')\n    open('brûlé/caf\\udce9')\n"
+    made = project({"pipeline.yaml": PIPELINE.replace("slow:Slow", "slow:build"), "slow.py": slow})
+    for encoding, name in (("utf-8", r"brûlé/caf\udce9"), ("ascii", r"br\xfbl\xe9/caf\udce9")):
+        ran = made.doit("trace:slow/1", PYTHONIOENCODING=encoding)
+        assert ran.code == 1
+        assert re.sub("^   trace .*\n", "", ran.out, flags=re.MULTILINE) == (  # a line of progress, where it is slow
+            ".  trace:slow/1\n"
+            f'!! trace slow/1: entry point "slow:build" raises FileNotFoundError: [Errno 2] No such file or directory: '
+            f"'{name}' (slow.py:3)\n"
+            "   0 done, 0 up to date, 1 failed (trace:slow/1)\n"
+        )
+    assert r"caf\udce9" in (made.root / ".build/log/trace-slow-1.log").read_text()
 
 
 def test_modules_of_the_fork_server_are_looked_at_only_where_they_may_be_the_projects(

@@ -227,8 +227,9 @@ def _redirect(log: str) -> None:
     os.close(descriptor)
     os.close(nothing)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    # Texts of the model's errors may hold what no encoding has: names of files that are no UTF-8.
+    sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
 
 
 @contextlib.contextmanager
