@@ -284,6 +284,26 @@ def test_what_could_not_be_shared_is_shared_by_a_later_run(tmp_path: Path, capsy
     assert list((tmp_path / "project" / ".build" / "store" / "pending").iterdir()) == []
 
 
+@pytest.mark.parametrize(("key", "kept"), [("cuda", False), ("cpu", True)])
+def test_a_trace_on_another_device_than_its_key_says_is_not_kept(key: str, kept: bool, tmp_path: Path) -> None:
+    """A machine may have a GPU that PyTorch cannot use: its trace names the CPU, and a GPU must not be given it."""
+    made = Project(tmp_path / "project").write(
+        {
+            "dodo.py": f"from tritonbuild import keys\n\nkeys.device_kind = lambda: '{key}'\n{DODO}",
+            "pipeline.yaml": YAML.replace("device: cpu", "device: auto"),
+            "nets.py": NETS,
+        }
+    )
+    for _ in range(2):
+        ran = made.doit("trace", CUDA_VISIBLE_DEVICES="-1")
+        assert ran.code == 0, ran.out
+        for name in ("state.sqlite", "outlines", "proof"):
+            path = made.root / ".build" / name
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+        shutil.rmtree(made.root / "models")
+    assert ("from the store" in ran.out) == kept, ran.out
+
+
 def test_many_writers_of_one_key_are_harmless(tmp_path: Path) -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); from test_store import Kept, A; from pathlib import Path\n"

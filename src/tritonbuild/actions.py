@@ -222,7 +222,9 @@ def _trace(results: Store, root: Path, version: ModelVersion, check: keys.UpToDa
     proof["action_key"] = key
     (out / "proof.json").write_text(json.dumps(proof, indent=2) + "\n")
     seconds = round(time.perf_counter() - started, 3)
-    if not keys.edited(root, found.stamps):
+    # `auto` means another device to PyTorch than the key says where its driver is missing or too old, or under WSL.
+    as_in_key = version.device != "auto" or found.device == keys.device_kind()
+    if as_in_key and not keys.edited(root, found.stamps):
         read = reads(found.files, found.distributions)
         results.keep(describe(key, keys.action_key(check.parts()), out, _TRACED, read, seconds), out)
     return {
