@@ -134,11 +134,19 @@ def test_two_servers_at_once_share_the_backend_directory(models: Path, tmp_path:
     assert len(list((tmp_path / "build" / "server").iterdir())) == 1
 
 
-def test_paths_with_blanks_and_shell_characters(tmp_path: Path) -> None:
-    folder = tmp_path / "it's a $(project)"
+@pytest.mark.parametrize("name", ["it's a $(project)", "10:30"])
+def test_paths_with_characters_of_the_shell_and_of_lists_of_paths(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
     add(folder / "models", "a")
     with server.embedded(folder / "models", folder / ".build") as running:
         running.load("a")
+        (instance,) = [
+            process
+            for process in psutil.Process().children(recursive=True)
+            if process.name().startswith("triton_python")
+        ]
+        # Another one, where the system has one, would be found in its place.
+        assert str(embedded._libpython().resolve()) in {region.path for region in instance.memory_maps()}
 
 
 PARENT = """

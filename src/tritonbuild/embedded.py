@@ -226,8 +226,8 @@ def _libpython() -> Path:
 
 @contextmanager
 def _plain_paths(models: Path, prepared: Path) -> Iterator[tuple[Path, Path]]:
-    """Give both folders paths without blanks: the Python backend puts them into a shell command, unquoted."""
-    if re.fullmatch(r"[\w./@+,:=-]+", f"{models}{prepared}", re.ASCII):
+    """Give both folders plain paths: the Python backend puts them into a shell command, unquoted; a : ends a path."""
+    if re.fullmatch(r"[\w./@+,=-]+", f"{models}{prepared}", re.ASCII):
         yield models, prepared
         return
     with tempfile.TemporaryDirectory(prefix="tritonbuild-") as folder:
