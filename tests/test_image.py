@@ -228,6 +228,22 @@ def test_a_version_that_is_not_there(tmp_path: Path) -> None:
     assert str(raised.value) == "image: models/m01/1 is missing\n    `doit trace:m01/1` makes it"
 
 
+def test_the_context_for_another_builder(tmp_path: Path) -> None:
+    def command(*arguments: str) -> tuple[int, str, str]:
+        program = [sys.executable, "-m", "tritonbuild.image", *arguments]
+        done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    pipeline = declare(tmp_path, 1, name="team/vision")
+    missing = "ERROR: image: models/m00/1 is missing\n    `doit trace:m00/1` makes it\n"
+    assert command() == (1, "", missing)
+    publish(pipeline)
+    line = "docker build -f docker/Dockerfile -t team/vision .build/context\n"
+    assert command() == command("pipeline.yaml") == (0, line, "")
+    assert list(tars(pipeline)) == ["configs.tar", "versions/m00/1.tar"]
+    assert command("other.yaml") == (1, "", f"ERROR: other.yaml: no such file in {tmp_path}\n")
+
+
 def test_no_room_for_the_context(tmp_path: Path) -> None:
     need(None if os.geteuid() == 0 else "only root may mount a small file system")
     pipeline = declare(tmp_path, 1)

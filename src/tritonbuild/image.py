@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tritonbuild import docker, keys, repository, spec, state
-from tritonbuild.errors import ImageError
+from tritonbuild.errors import BuildError, ImageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -230,9 +230,8 @@ def why(pipeline: Pipeline) -> str | None:
     ids = docker.ask("image", "inspect", "--format", "{{.Id}}", *wanted).printed.split()
     if ids != [known["image"]] * len(wanted):
         return f"{' or '.join(wanted)} is not in the engine, or is another image"
-    if declared(pipeline).push and known["pushed"] != wanted:
-        return f"{' and '.join(wanted)} not pushed yet"
-    return None
+    pushed = known["pushed"] == wanted or not declared(pipeline).push
+    return None if pushed else f"{' and '.join(wanted)} not pushed yet"
 
 
 def build(pipeline: Pipeline) -> dict[str, Any]:
@@ -361,8 +360,7 @@ def _origin(root: Path) -> dict[str, str]:
 
 
 def _pull(pipeline: Pipeline, where: str, base: str) -> str:
-    sys.stdout.write(f"   pulling {base}; {_LOG} shows how far it is\n")
-    sys.stdout.flush()
+    print(f"   pulling {base}; {_LOG} shows how far it is", flush=True)
     docker.run(f"{where}: base {base}", ["pull", base], pipeline.root / _LOG)
     return _image_id(base)
 
@@ -392,7 +390,10 @@ def _remember(pipeline: Pipeline, made: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":  # writes the build context where there is no engine, for another builder
-    _pipeline = spec.load(Path(sys.argv[1] if sys.argv[1:] else "pipeline.yaml"))
-    state.State(str(_pipeline.root / ".build" / "state.sqlite"))
-    stage(_pipeline)
+    try:
+        _pipeline = spec.load(Path((sys.argv[1:] or ["pipeline.yaml"])[0]))
+        state.State(str(_pipeline.root / ".build" / "state.sqlite"))
+        stage(_pipeline)
+    except BuildError as _error:
+        sys.exit(f"ERROR: {_error}")
     sys.stdout.write(f"docker build -f {DOCKERFILE} -t {declared(_pipeline).name} {CONTEXT}\n")
