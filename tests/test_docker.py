@@ -105,6 +105,12 @@ class TestReachable:
         (folder / "bin" / "docker").write_text("#!/bin/sh\nexit 0\n")
         assert docker.reachable() is None
 
+    def test_a_user_without_a_home(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("DOCKER_HOST", "DOCKER_CONFIG", "DOCKER_CONTEXT", "HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # as for a number that no user has, in a container
+        assert docker._endpoint() == "unix:///var/run/docker.sock"
+
     def test_podman_has_no_socket(self, folder: Path) -> None:
         (folder / "bin" / "docker").write_text('#!/bin/sh\n[ ps = "$1" ] || exec podman "$@"\n')
         assert docker.is_podman()

@@ -123,8 +123,8 @@ def _endpoint() -> str:
         return host
     context = os.environ.get("DOCKER_CONTEXT")
     if not context:
-        folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
-        with suppress(OSError, ValueError, AttributeError):
+        with suppress(OSError, ValueError, AttributeError, RuntimeError):  # the last: this user has no home
+            folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
             context = json.loads((folder / "config.json").read_text()).get("currentContext")
     return f"context {context}" if context and context != "default" else _SOCKET
 
