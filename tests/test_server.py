@@ -538,8 +538,11 @@ def test_the_oldest_logs_are_removed(tmp_path: Path) -> None:
     for i in range(30):
         (tmp_path / f"server-{i}.log").touch()
         os.utime(tmp_path / f"server-{i}.log", (i, i))
+    gone = tmp_path / "server-gone.log"  # listed, and not there: another process has removed it meanwhile
+    gone.symlink_to("nowhere")
 
     assert server._new_log(tmp_path) == tmp_path / f"server-{os.getpid()}.log"
+    gone.unlink()
     assert len(list(tmp_path.iterdir())) == 20
     assert (tmp_path / "server-29.log").exists()
 

@@ -298,8 +298,11 @@ def _free_port() -> int:
 def _new_log(folder: Path) -> Path:
     """Return the path of this run's log; the oldest logs are removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    old = sorted(folder.glob("server-*.log"), key=lambda path: path.stat().st_mtime)
-    for path in old[: 1 - _LOGS_KEPT]:
+    times: dict[Path, float] = {}
+    for path in folder.glob("server-*.log"):
+        with contextlib.suppress(FileNotFoundError):  # another process of `doit -n` was quicker to remove it
+            times[path] = path.stat().st_mtime
+    for path in sorted(times, key=times.__getitem__)[: 1 - _LOGS_KEPT]:
         path.unlink(missing_ok=True)
     log = folder / f"server-{os.getpid()}.log"
     log.touch()
