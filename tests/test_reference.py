@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -502,3 +504,49 @@ def test_the_default_dtype_of_an_entry_point_is_not_the_servers(tmp_path: Path) 
         torch.set_default_dtype(before)
     assert proved.names == ["differs"]
     assert proved.verdict.hazards[0].detail == "output OUTPUT__0: found float32, expected float64"
+
+
+_TF32 = """\
+import os, sys, warnings
+from torch import backends
+from tritonbuild import calls
+
+def seen():
+    cudnn, found = backends.cudnn, [backends.cudnn.deterministic, backends.cudnn.benchmark]
+    for part in (backends, cudnn, backends.cuda.matmul, cudnn.conv, cudnn.rnn):
+        found.append(part.fp32_precision)
+    for part in (backends.cuda.matmul, cudnn):
+        try:
+            found.append(part.allow_tf32)
+        except RuntimeError:
+            found.append("they disagree")
+    return found
+
+warnings.simplefilter("ignore")
+for line in sys.argv[1:]:
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    exec(line)
+    before = seen()
+    with calls.settings("cuda:0"):
+        inside = seen()
+    print(inside == [True, False, *["ieee"] * 5, False, False], seen() == before, flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="PyTorch has it from 2.9 on")
+def test_a_gpu_proves_without_tensorfloat_32_whatever_the_models_code_has_set() -> None:
+    """The settings of a GPU can be read and set where there is none."""
+    lines = [
+        "",
+        "backends.cuda.matmul.allow_tf32 = True",
+        "backends.cudnn.allow_tf32 = False",
+        "backends.fp32_precision = 'tf32'",
+        "backends.cudnn.fp32_precision = 'tf32'",
+        "backends.cuda.matmul.fp32_precision = 'tf32'",
+        "backends.cudnn.conv.fp32_precision = 'ieee'",
+    ]
+    ran = subprocess.run([sys.executable, "-c", _TF32, *lines], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines() == ["True True"] * len(lines)

@@ -61,14 +61,37 @@ def settings(device: str) -> Iterator[None]:
     if not device.startswith("cuda"):
         yield
         return
-    backends = torch.backends
-    before = backends.cuda.matmul.allow_tf32
-    backends.cuda.matmul.allow_tf32 = False
+    with (
+        _without_tf32(),
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Set both of PyTorch's switches for it, and put them back: where they disagree, to read the older one raises."""
+    parts: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    older = []
+    for part in parts:
+        with contextlib.suppress(RuntimeError):
+            older.append((part, part.allow_tf32))
+    if hasattr(torch.backends, "fp32_precision"):  # from 2.9 on; a model's code may have set it
+        cudnn: Any = torch.backends.cudnn
+        newer = [(part, part.fp32_precision) for part in (torch.backends, cudnn, parts[0], cudnn.conv, cudnn.rnn)]
+    else:
+        newer = []
+    for part, _ in newer:
+        part.fp32_precision = "ieee"
+    for part in parts:
+        part.allow_tf32 = False
     try:
-        with backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
+        yield
     finally:
-        backends.cuda.matmul.allow_tf32 = before
+        for part, allowed in older:
+            part.allow_tf32 = allowed
+        for part, precision in newer:
+            part.fp32_precision = precision
 
 
 def failure(error: BaseException) -> Failure:
