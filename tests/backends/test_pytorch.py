@@ -7,8 +7,12 @@ back. A text ends in `...` where the C++ backend goes on with a backtrace of its
 from __future__ import annotations
 
 import re
+import runpy
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import numpy as np
@@ -19,12 +23,11 @@ import tritonclient.http
 from torch import Tensor, nn
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from tritonbuild import server
+from tritonbuild import embedded, server
 from tritonbuild.errors import ServerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
 
@@ -667,3 +670,17 @@ def test_rows_that_are_too_many_are_dropped_and_mixed_without_a_word(answers: di
 def test_settings_of_the_process_are_logged(answers: dict[str, Any]) -> None:
     assert "Intra op thread count is set to 3 for model instance 'inference_mode'" in answers["log"]
     assert "Inter op thread count is set to 1 for model instance 'inference_mode'" in answers["log"]
+
+
+def test_a_gpu_that_pytorch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that sees no GPU starts no instance on one: what such an instance does is called here."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", SimpleNamespace(TritonModelException=RuntimeError))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    backend = runpy.run_path(f"{Path(embedded.__file__).parent}/backends/pytorch/model.py")
+    assert backend["_device"]({"model_instance_kind": "CPU"}) == torch.device("cpu")
+    with pytest.raises(RuntimeError) as raised:
+        backend["_device"]({"model_instance_kind": "GPU", "model_instance_device_id": "0"})
+    assert str(raised.value) == (
+        f"the server found a GPU, which PyTorch {torch.__version__} cannot use; say device: cpu in pipeline.yaml, "
+        "or hide it: CUDA_VISIBLE_DEVICES= doit"
+    )

@@ -113,10 +113,8 @@ class TritonPythonModel:
         if a_dict:
             return {name: i for i, name in enumerate(names)}, names
         allowed = [argument.name for argument in arguments]
-        if all(name in allowed for name in names):
-            positions = {name: allowed.index(name) for name in names}
-        else:
-            positions = self._by_index(names, "input")
+        by_name = all(name in allowed for name in names)
+        positions = {name: allowed.index(name) for name in names} if by_name else self._by_index(names, "input")
         positions |= controls
         if arguments and max(positions.values()) >= len(arguments):
             name = max(positions, key=lambda key: positions[key])
@@ -300,13 +298,15 @@ def _set_process(parameters: dict[str, Any], name: str) -> None:
 
 def _device(args: dict[str, str]) -> torch.device | None:
     """The device of the instance group; None (KIND_MODEL): where the tensors were when they were saved."""
-    if args["model_instance_kind"] == "MODEL":
-        return None
-    if args["model_instance_kind"] == "GPU":
-        device = torch.device("cuda", int(args["model_instance_device_id"]))
-        torch.cuda.set_device(device)  # what the traced code calls "cuda", without a number
-        return device
-    return torch.device("cpu")
+    kind = args["model_instance_kind"]
+    if kind != "GPU":
+        return None if kind == "MODEL" else torch.device("cpu")
+    if not torch.cuda.is_available():  # its driver is too old, or this is a build for the CPU
+        why = f"the server found a GPU, which PyTorch {torch.__version__} cannot use"
+        raise _load_error(f"{why}; say device: cpu in pipeline.yaml, or hide it: CUDA_VISIBLE_DEVICES= doit")
+    device = torch.device("cuda", int(args["model_instance_device_id"]))
+    torch.cuda.set_device(device)  # what the traced code calls "cuda", without a number
+    return device
 
 
 def _filename(config: dict[str, Any], device: torch.device | None) -> str:
@@ -345,10 +345,9 @@ def _control_inputs(config: dict[str, Any]) -> dict[str, int]:
 
 def _flat(result: Any, declared: Any) -> list[Any]:
     """Return the outputs of forward as C++ unpacks them: a tensor, a list of strings, or a tuple of those."""
-    if isinstance(result, torch.Tensor):
-        return [result]
     if isinstance(result, list):
         _check_list(result, declared, "output must be")
+    if isinstance(result, (torch.Tensor, list)):
         return [result]
     if not isinstance(result, tuple):
         raise TypeError(
