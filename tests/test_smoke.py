@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -191,6 +192,22 @@ def test_a_server_that_runs_already(run: Any, running: server.Server) -> None:
         result = run("squares", on=found)
 
     assert (result["verdict"], result["server"]["kind"]) == ("passed", "url")
+
+
+def test_failures_that_only_the_server_counts(
+    run: Any, running: server.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a server that ran before us may be another client's."""
+    counts = itertools.count()
+    monkeypatch.setattr(smoke, "_statistics", lambda *_: {"fail": next(counts), "executions": 0})
+    with pytest.raises(SmokeError) as caught:
+        run("stats")
+    with server.at(running.url) as found:
+        assert run("stats", on=found)["verdict"] == "passed"
+
+    assert str(caught.value) == (
+        "smoke stats/1: statistics: the server counts 1 failed requests, expected none\n    result: out/result.json"
+    )
 
 
 def test_a_wrong_answer_is_told_with_case_output_and_error(run: Any, tmp_path: Path) -> None:

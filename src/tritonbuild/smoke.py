@@ -164,7 +164,9 @@ def _compare(server: Server, path: str, cases: Path, config: Config, result: _Re
             _mix(server, path, ask, kept, result)
     finally:
         ask.client.close()
-    if not result.failures and (failed := _statistics(server, path)["fail"] - failed_before):
+    # A server that ran before us may have other clients, whose failures it counts, too.
+    failed = 0 if server.kind == "url" else _statistics(server, path)["fail"] - failed_before
+    if failed and not result.failures:
         result.failed("statistics", "", f"the server counts {failed} failed requests, expected none")
 
 
