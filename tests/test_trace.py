@@ -282,6 +282,26 @@ def test_nothing_can_be_made(project: Project) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("device", "cuts"),
+    [("auto", ["the TorchScript names the device cpu: it cannot be served on a GPU"]), ("cpu", [])],
+)
+def test_a_trace_that_names_the_cpu(
+    device: str, cuts: list[str], project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    source = """
+        class Net(nn.Module):
+            def forward(self, x):
+                return x + torch.arange(x.shape[1], device=x.device)
+        """
+    declared = project.declare(
+        source, inputs={"x": ["batch", "n"]}, axes={"n": {"example": 3, "max": 6}}, device=device
+    )
+    _, proof = run(declared)
+    assert (proof["verdict"], proof["cuts"]) == ("passed", cuts)
+
+
 def test_a_name_that_torchscript_cannot_read(project: Project) -> None:
     source = """
         class Net(nn.Module):

@@ -146,14 +146,14 @@ class Trial:
             named = torch.device(name)
             if named.type in ("meta", kind) and ":" not in name:
                 if kind == "cpu" and self.version.device == "auto":
-                    self.notes.append("the TorchScript names the device cpu: it cannot be served on a GPU")
+                    self.cuts.append("the TorchScript names the device cpu: it cannot be served on a GPU")
                 continue
             if named.type == "cuda" and kind == "cpu":
                 yield hazards.found(
                     "frozen-device", f"the TorchScript names {name}, it is served on {kind}", where=site
                 )
             elif named.type == "cuda":
-                self.notes.append(f"the TorchScript names {name}: serve it on that GPU only (instance_group gpus)")
+                self.cuts.append(f"the TorchScript names {name}: serve it on that GPU only (instance_group gpus)")
 
     # ------------------------------------------------------------------------------------------------- what is run
 
