@@ -6,6 +6,7 @@ Two of them are run elsewhere, for they set up an environment of their own: `.ci
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -79,11 +80,16 @@ def test_the_commands_do_what_it_says(copy: Project) -> None:
 
 @pytest.mark.docker
 @pytest.mark.slow
-def test_the_image_is_built_and_served(copy: Project, triton_cpu: str, compose_tool: list[str], tmp_path: Path) -> None:
+def test_the_image_is_built_and_served(
+    copy: Project, triton_cpu: str, compose_tool: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built = run(copy, ".venv/bin/doit image compose", TRITON_IMAGE=triton_cpu)
     assert built.code == 0, built.out
     (command,) = [command for command in COMMANDS if command.startswith("docker compose")]
     up = [*compose_tool, *command.split()[2:]]
+    monkeypatch.setenv(
+        "COMPOSE_PROJECT_NAME", f"tritonbuild-test-{os.getpid()}"
+    )  # not to touch who is `docker` already
     with (tmp_path / "log").open("w+") as log:
         serving = subprocess.Popen(up, cwd=copy.root, stdout=log, stderr=subprocess.STDOUT)
         try:
