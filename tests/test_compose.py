@@ -49,16 +49,19 @@ def test_the_gpu_is_where_the_device_says(tmp_path: Path, device: str, files: se
 
 def test_the_service_is_closed_by_default(tmp_path: Path) -> None:
     text = compose.files(_pipeline(tmp_path, "image: {name: team/vision, tags: [v2, latest]}"))["docker/compose.yaml"]
-    service = yaml.safe_load(text)["services"]["triton"]
+    services = yaml.safe_load(text)["services"]
+    for name in ("triton", "prometheus"):
+        assert {key: services[name].get(key) for key in ("read_only", "cap_drop", "security_opt")} == {
+            "read_only": True,
+            "cap_drop": ["ALL"],
+            "security_opt": ["no-new-privileges:true"],
+        }, name
+        assert {"mem_limit", "pids_limit"} <= services[name].keys(), name
+        assert all("127.0.0.1" in port for port in services[name]["ports"]), name
+    service = services["triton"]
     assert service["image"] == "${IMAGE:-team/vision:v2}"
     assert all(port.startswith("${TRITON_BIND:-127.0.0.1}:") for port in service["ports"])
-    assert {key: service[key] for key in ("user", "read_only", "cap_drop", "security_opt", "restart")} == {
-        "user": "1000:1000",
-        "read_only": True,
-        "cap_drop": ["ALL"],
-        "security_opt": ["no-new-privileges:true"],
-        "restart": "unless-stopped",
-    }
+    assert {key: service[key] for key in ("user", "restart")} == {"user": "1000:1000", "restart": "unless-stopped"}
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
