@@ -193,6 +193,13 @@ def _warned(evidence: Evidence) -> Site | None:
     return Site(found.filename, found.lineno) if found else None
 
 
+def _rounded(evidence: Evidence) -> Site | None:
+    """Return the line at which a part of a size is rounded; what is shipped knows no lines, a second trace does."""
+    graph = evidence.retraced(evidence.reference.planned[0]) if evidence.graph.rounded_size() else None
+    found = graph.rounded_size() if graph else None
+    return found.site if found else None
+
+
 def _warnings(evidence: Evidence) -> Iterator[TracerWarning]:
     for warning in evidence.warnings:
         if monitors.first_party(warning.filename):
@@ -213,8 +220,7 @@ def _unexplained(evidence: Evidence, mismatch: Mismatch) -> Hazard:
     warned = next(_warnings(evidence), None)
     if warned and evidence.traced and "constants in the trace" in warned.message:
         return _named("frozen-tensor", mismatch, Site(warned.filename, warned.lineno))
-    rounded = evidence.graph.rounded_size()
-    return _named("differs", mismatch, _warned(evidence) or (rounded.site if rounded else None))
+    return _named("differs", mismatch, _warned(evidence) or _rounded(evidence))
 
 
 def _named(name: str, mismatch: Mismatch, site: Site | None) -> Hazard:

@@ -229,7 +229,7 @@ class Trial:
         watch = calls.Watch()
         for tried, case in enumerate(_in_turn(streams)):
             if tried >= most or (watch.s > limit_s and (tried >= _SEARCH_LEAST or not suspicious)):
-                if suspicious:
+                if suspicious and tried < most:
                     text = f"further cases were tried for {suspicious}, then time ended ({watch.s:.1f} s)"
                     cuts.append(f"{len(self.compared) - before} {text}")
                 break
