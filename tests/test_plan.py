@@ -297,3 +297,5 @@ def test_gc_keeps_what_is_in_use(built: Project) -> None:
     assert built.doit("gc", "--limit", "some").out == (
         'ERROR: --limit: found "some", expected a size such as 500M or 5G\n'
     )
+    built.write({"pipeline.yaml": YAML})
+    assert built.doit(*BUILD).code == 0
