@@ -54,7 +54,7 @@ PIXELS = Input(dtype="float32", shape=("batch", 6), range=(-1.0, 2.5))
 IDS = Input(dtype="int64", shape=("batch", 6), range=(3, 90))
 MASK = Input(dtype="bool", shape=("batch", 6))
 
-ARGUED = ("fill=0.5", "fill=7", "spike=40", "scale=1000", "scale=-1e+06", "mix=7", "mix=0.5,3")
+ARGUED = ("fill=0.5", "fill=7", "spike=40", "scale=1000", "scale=-1e+06", "mix=7", "mix=0.5,3", "descending")
 ALL_DRAWS = (PLAIN, *CORNERS, *UNBOUNDED, *ARGUED)
 
 

@@ -260,6 +260,17 @@ def test_a_forward_that_raises_is_said_with_inputs_and_line(project: Project) ->
     assert proof["hazards"] == []
 
 
+def test_a_number_for_which_a_table_has_no_row_is_told_with_the_ranges(project: Project) -> None:
+    body = "return nn.functional.embedding(x, torch.ones(5, 2))"
+    source = f"class Net(nn.Module):\n    def forward(self, x):\n        {body}\n"
+    inputs = {"x": {"dtype": "int64", "shape": [9], "range": [5, 50]}}
+    text, _ = failed(project.declare(source, inputs=inputs), TraceError)
+    assert text == (
+        "trace m/1: forward(x int64[9]) raises IndexError: index out of range in self ({m}.py:6)\n"
+        "    narrow the range (x [5, 50]) to what the model takes, or mend the model"
+    )
+
+
 def test_a_float16_model_with_float32_inputs(project: Project) -> None:
     text, _ = failed(project.declare("def Net():\n    return nn.Linear(4, 4).half()\n"), TraceError)
     assert text.endswith("\n    the model is float16: declare x as float16")

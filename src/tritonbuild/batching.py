@@ -204,7 +204,8 @@ def _neighbours(
     for i, draw in enumerate(draws):
         special = cases.case(sizes, draw, 520 + i)
         yield plain, special
-        yield special, plain
+        # Each beside another: the row of one seed may happen to be special itself.
+        yield special, cases.case(sizes, PLAIN, 550 + i)
     for case in searched:
         if {**case.sizes, "batch": 1} == {**sizes, "batch": 1}:
             yield plain, case

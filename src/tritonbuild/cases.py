@@ -249,7 +249,7 @@ def more_values(
     for number in ordered:
         draws += [f"fill={number * factor!r}" for factor in (1.01, 0.99, -1.0)] + [f"spike={number * 1.01!r}"]
     draws += [f"fill={ratio!r}" for ratio in dict.fromkeys(ratios)]
-    draws += [f"mix={number!r}" for number in ordered[:_MIXED]]
+    draws += ["descending", *(f"mix={number!r}" for number in ordered[:_MIXED])]
     pairs = [",".join(map(repr, pair)) for pair in itertools.combinations(ordered[:_MIXED], 2)]
     draws += [f"mix={pair}" for pair in pairs] * _MIXES
     unbounded = [name for name, bounds in bounded.items() if bounds is None]

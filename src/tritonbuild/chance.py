@@ -45,7 +45,7 @@ _PARAMETERS = (("from", "to"), ("a", "b"), ("mean", "std"))
 _SEEDS = 24
 _LIMIT_S = 0.3
 _CASES = 4
-"""Cases at which random numbers are drawn, that are tried with others: of as many kinds of values."""
+"""Cases at which random numbers are drawn, that are tried with others however long that takes."""
 
 _POSSIBLE = 2.0**-23
 """Probability below which a choice is none: softmax leaves hardly a zero."""
@@ -253,9 +253,14 @@ def found(reference: Reference, case: Case, seen: Observation, *, drew: bool) ->
 def further(reference: Reference, drawn: Sequence[Case]) -> list[Hazard]:
     """Return the hazard of a model that draws random numbers on a rare way, if they reach an output there."""
     kinds = {case.draw: case for case in reversed(drawn)}
-    every = (found(reference, case, reference.observe(case), drew=True) for case in list(kinds.values())[-_CASES:])
-    first = next((hazard for hazard in every if hazard), None)
-    return [first] if first else []
+    watch = calls.Watch()
+    for tried, case in enumerate(dict.fromkeys((*reversed(kinds.values()), *drawn))):
+        if tried >= _CASES and watch.s > _LIMIT_S:
+            break
+        hazard = found(reference, case, reference.observe(case), drew=True)
+        if hazard:
+            return [hazard]
+    return []
 
 
 def reaches(

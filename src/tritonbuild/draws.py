@@ -74,8 +74,8 @@ class Source:
 
         Args:
             sizes: Size of every axis, batch included.
-            draw: `plain`, a name of `CORNERS` or `UNBOUNDED`, `fill=x`, `spike=x`, `scale=x` or `mix=x,y`; with
-                `@name`, for that input alone.
+            draw: `plain`, a name of `CORNERS` or `UNBOUNDED`, `fill=x`, `spike=x`, `scale=x`, `mix=x,y` or
+                `descending`; with `@name`, for that input alone.
             seed: Equal seeds give equal tensors.
             device: A torch device.
         """
@@ -155,6 +155,8 @@ def _special_floats(x: Tensor, name: str, argument: float, bounds: tuple[float, 
             return x[:1].expand_as(x) if x.dim() else x
         case "sorted":
             return x.sort(-1).values if x.dim() else x
+        case "descending":
+            return x.sort(-1, descending=True).values if x.dim() else x
         case "alternating":
             return torch.where(torch.arange(x.numel()).reshape(x.shape) % 2 == 0, high, low).to(x.dtype)
         case "prefix":
@@ -200,6 +202,8 @@ def _special_integers(
             return x[:1].expand_as(x) if x.dim() else x
         case "sorted":
             return x.sort(-1).values if x.dim() else x
+        case "descending":
+            return x.sort(-1, descending=True).values if x.dim() else x
         case "alternating":
             return ends[1 - torch.arange(x.numel()).reshape(x.shape) % 2]
         case "prefix":

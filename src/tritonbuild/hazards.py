@@ -61,7 +61,7 @@ HAZARDS: dict[str, Meaning] = {
     ),
     "training-mode": Meaning(
         "dropout or a normalisation runs in training mode although the model is in eval()",
-        "pass training=self.training and call train() nowhere in forward",
+        "pass training=self.training, call train() nowhere in forward, let batch norm keep track_running_stats",
     ),
     "state": Meaning(
         "the output depends on earlier calls: a counter, a cache, a buffer changed in place, a global",

@@ -16,7 +16,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from tritonbuild import cases, hazards, memory
+from tritonbuild import calls, cases, hazards, memory
 from tritonbuild.draws import PLAIN
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _GENERATORS = (torch.Generator, random.Random, numpy.random.Generator, numpy.random.RandomState)
 _REPEATS = 12
 _OTHERS = 6
+_MANY = 1100
+_MANY_S = 0.2
+"""Calls of a model that leaves something else behind each time, and seconds that they may take."""
 
 
 def reaches(reference: Reference, touched: Sequence[str]) -> Hazard | None:
@@ -59,8 +62,8 @@ def _found(reference: Reference, touched: Sequence[str]) -> Hazard | None:
             return hazards.found("state", f"{names} changes; {text[0]}, forward raises {used.text}", case=str(after))
         if not reference.same(fresh, used):
             return hazards.found("state", f"{names} changes; {text[0]}, the output differs", case=str(after))
-    stale = _same_memory(reference)
-    detail = f"{names} changes; {stale}" if stale else _ahead(reference, touched)
+    late = _same_memory(reference) or _many(reference)
+    detail = f"{names} changes; {late}" if late else _ahead(reference, touched)
     return hazards.found("state", detail, case=str(case)) if detail else None
 
 
@@ -107,6 +110,25 @@ def _same_memory(reference: Reference) -> str | None:
             if isinstance(fresh, tuple) and not (isinstance(used, tuple) and reference.same(fresh, used)):
                 return f"with {other} at the same place in memory, the output differs"
             return None
+    return None
+
+
+def _many(reference: Reference) -> str | None:
+    """Return after how many calls the output differs, where each call leaves something else behind."""
+    case = reference.planned[0]
+    module = reference.fresh()
+    first = reference.attempt(module, reference.inputs(case))
+    settled = memory.state(module)
+    reference.attempt(module, reference.inputs(case))
+    if not isinstance(first, tuple) or settled == memory.state(module):
+        return None
+    watch = calls.Watch()
+    for count in range(2, _MANY):
+        found = reference.attempt(module, reference.inputs(case))
+        if not (isinstance(found, tuple) and reference.same(first, found)):
+            return f"after {count} calls, the output differs"
+        if watch.s > _MANY_S:
+            break
     return None
 
 

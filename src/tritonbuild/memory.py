@@ -9,9 +9,12 @@ Source: torch.nn.Module's own storage; the generators of torch, numpy and Python
 from __future__ import annotations
 
 import copy
+import itertools
+import operator
 import random
 import sys
 from collections import deque
+from collections.abc import Iterator
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -216,6 +219,10 @@ def _digest(value: object, depth: int = 3, *, of_global: bool = False) -> object
         return (type(value).__name__, len(value), _first(value, depth))
     if isinstance(value, dict):
         return ("dict", len(value), _first(value, depth), _first(value.values(), depth))
+    if isinstance(value, itertools.count):
+        return repr(value)
+    if isinstance(value, Iterator):
+        return (id(value), operator.length_hint(value, -1))
     cache = getattr(value, "cache_info", None)
     if callable(cache):
         return ("cache", cache().currsize)

@@ -93,7 +93,7 @@ class _Run:
                 f"{name} {declared.dtype}{list(tensor.shape)}"
                 for (name, declared), tensor in zip(self.version.inputs.items(), example, strict=True)
             )
-            raise self.build.raised(f"forward({shown})", error, *self._half()) from error
+            raise self.build.raised(f"forward({shown})", error, *self._half(), *self._outside(error)) from error
         interface = self.build.interface
         assert interface
         for name, source in interface.sources:
@@ -111,6 +111,13 @@ class _Run:
             if kinds == {torch.float16} and wide
             else ()
         )
+
+    def _outside(self, error: Exception) -> tuple[str, ...]:
+        """Return what to do about a number for which a table has no row."""
+        ranges = [f"{name} {list(i.range)}" for name, i in self.version.inputs.items() if i.range and "int" in i.dtype]
+        if not isinstance(error, IndexError) or not ranges:
+            return ()
+        return (f"narrow the range ({', '.join(ranges)}) to what the model takes, or mend the model",)
 
     def choose(self) -> None:
         """Write the first candidate that passes the proof.

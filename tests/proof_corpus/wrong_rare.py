@@ -230,3 +230,26 @@ def _clipped(other):
 class SmallerByARoundedFraction(nn.Module):
     def forward(self, x):
         return F.interpolate(x, scale_factor=0.29, recompute_scale_factor=True)
+
+
+@wrong("branch-on-values", batch=0, x="float32 8 in -2 2", shows=lambda x: [x.sort(descending=True).values])
+class FromTheOtherEnd(nn.Module):
+    def forward(self, x):
+        if bool((x[1:] < x[:-1]).all()):
+            x = x.flip(0)
+        return x.cumsum(0)
+
+
+def _beside_later(run):
+    x = run.inputs[0]
+    first = (x[[0, 0]], torch.tensor([0, 5]))
+    return run.rows_differ(first, [tensor[:1] for tensor in first])
+
+
+@wrong("rows-mixed", method="script", batch=3, x="float32 batch 8 in -1 1", t="int64 batch in 0 9", by=_beside_later)
+class ClippedAtTheLastStep(nn.Module):
+    def forward(self, x, t):
+        x = x / (1 - t[:, None] / 10)
+        if bool((t == 0).all()):
+            return x.clamp(-0.1, 0.1)
+        return x

@@ -487,3 +487,26 @@ class AnswersByAddress(nn.Module):
         if key not in self.answers:
             self.answers[key] = x.softmax(1)
         return self.answers[key] * 1
+
+
+@wrong("state", x="float32 batch 8 in 0 1", by=lambda run: run.differs_after(120))
+class ScaledByItsHistory(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scores = collections.deque(maxlen=200)
+
+    def forward(self, x):
+        self.scores.append(float(x.sum()))
+        if len(self.scores) > 100:
+            x = x / (1 + sum(self.scores))
+        return x
+
+
+@wrong("state", x="float32 batch 8", by=lambda run: run.differs_after(65))
+class EverySoOften(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.turns = iter(range(10**9))
+
+    def forward(self, x):
+        return x + (next(self.turns) % 64 == 63)
