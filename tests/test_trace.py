@@ -399,9 +399,9 @@ def test_a_detector(project: Project) -> None:
         entry_point="torchvision.models.detection:ssdlite320_mobilenet_v3_large",
         kwargs={"weights": None, "weights_backbone": None},
         inputs={"image": {"dtype": "float32", "shape": [3, "h", "w"], "range": [0, 1]}},
-        axes={axis: {"example": 96, "min": 64, "max": 128} for axis in "hw"},
+        axes={axis: {"example": 80, "min": 64, "max": 96} for axis in "hw"},
         outputs=["boxes", "scores", "labels"],
-        trace={"method": "script", "budget_s": 20},
+        trace={"method": "script", "budget_s": 60},
     )
     out, proof = run(declared)
     assert proof["candidate"] == "script"
