@@ -259,7 +259,7 @@ verdict = ('{"verdict": "passed", "server": {"kind": "embedded", "version": "", 
            '"max_abs_error": {"scores": 0.0}, "latency_ms": 1.0, "failures": []}')
 out = declared.root / ".build" / "smoked"
 for version in declared.all_versions():
-    key = keys.action_key(serving.smoke_parts(declared, version, server))
+    key = keys.action_key(serving.smoke_parts(declared.root, serving.smoke_files(declared, version), server))
     out.mkdir(exist_ok=True)
     (out / "smoke.json").write_text(verdict)
     results.keep(describe(key, key, out, ["smoke.json"], reads((), ()), 1.0), out)

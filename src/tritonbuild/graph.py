@@ -187,13 +187,14 @@ def task_smoke() -> Iterator[dict[str, Any]]:
 
 def _smoke(declared: Pipeline, version: ModelVersion, server: serving.ServerChoice) -> dict[str, Any]:
     targets = [f".build/smoke/{version.label}.json"]
-    check = keys.UpToDate(declared.root, lambda: serving.smoke_parts(declared, version, server), targets)
+    files = serving.smoke_files(declared, version)
+    check = keys.UpToDate(declared.root, lambda: serving.smoke_parts(declared.root, files, server), targets)
     server.expect(version.model, f"smoke:{version.label}", check)
     return {
         "name": version.label,
         "doc": f"models/{version.label} on {server.kind} against its cases",
         "actions": [(serving.smoke, [declared, version, server, check])],
-        "file_dep": serving.smoke_files(declared, version),
+        "file_dep": files,
         "task_dep": server.task_dep,
         "targets": targets,
         "uptodate": [check],

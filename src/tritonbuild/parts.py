@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritonbuild import keys
@@ -89,12 +88,12 @@ def config(pipeline: Pipeline, name: str) -> keys.Parts:
 def repository(pipeline: Pipeline) -> keys.Parts:
     """Return what is declared and what is there."""
     declared = {name: sorted(model.versions) for name, model in pipeline.models.items()}
-    return {"declared": declared, "folders": sorted(_names(pipeline.root / "models"))}
+    return {"declared": declared, "folders": sorted(_names(str(pipeline.root / "models")))}
 
 
-def _names(models: Path) -> Iterator[str]:
+def _names(models: str) -> Iterator[str]:
     """Yield the path, from models/, of every file and folder there: Triton loads a backend that lies beside a model."""
-    below = [(models, "")] if models.is_dir() else []
+    below = [(models, "")] if os.path.isdir(models) else []
     while below:
         folder, above = below.pop()
         with os.scandir(folder) as entries:
@@ -102,4 +101,4 @@ def _names(models: Path) -> Iterator[str]:
                 name = above + entry.name
                 yield name
                 if entry.is_dir(follow_symlinks=False):
-                    below.append((Path(entry.path), f"{name}/"))
+                    below.append((entry.path, f"{name}/"))

@@ -25,7 +25,8 @@ from tritonbuild.errors import ServerError
 from tritonbuild.reporter import Reporter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from tritonbuild.spec import Model, ModelVersion, Pipeline
 
@@ -112,12 +113,18 @@ def served(model: Model) -> Mapping[int, object]:
     return dict.fromkeys(config.served(model))
 
 
-def smoke_parts(pipeline: Pipeline, version: ModelVersion, server: ServerChoice) -> keys.Parts:
-    """Return the parts of a smoke test's action key: the server, and the bytes that it serves and is compared with."""
+def smoke_parts(root: Path, files: Sequence[str], server: ServerChoice) -> keys.Parts:
+    """Return the parts of a smoke test's action key: the server, and the bytes that it serves and is compared with.
+
+    Args:
+        root: The project's folder.
+        files: What the smoke test reads, see `smoke_files`.
+        server: The server.
+    """
     parts = server.parts()
     if server.is_known:
         parts["device"] = keys.device_kind()
-        parts["files"] = keys.file_digests(pipeline.root, smoke_files(pipeline, version))
+        parts["files"] = keys.file_digests(root, files)
     return parts
 
 
