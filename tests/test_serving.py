@@ -17,6 +17,7 @@ import pytest
 from test_worker import MARK, living, wait_for
 
 from tritonbuild import serving, spec
+from tritonbuild.reporter import Reporter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -169,6 +170,21 @@ def test_a_model_that_does_not_load_fails_its_own_test_alone(project: Callable[[
         (made.root / "ids").write_bytes(row.to_bytes(8, "little") * 4)
         ran = made.doit()
         assert (ran.code, ran.tasks) == (code, ["config:b", "smoke:b/1"]), ran.out
+
+
+def test_a_model_whose_turn_is_over_is_let_go(
+    project: Callable[[dict[str, str]], Project], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = project({"pipeline.yaml": MANY, "nets.py": NETS})
+    assert made.doit("config").code == 0
+    monkeypatch.setattr(Reporter, "everything", False)  # each is loaded by itself, however many cores there are
+    choice = serving.ServerChoice(spec.load(made.root / "pipeline.yaml"), "embedded", docker=False)
+    try:
+        for model in "abc":
+            running = choice.ready(model)
+            assert [name for name in "abc" if running.versions(name)] == [model]
+    finally:
+        choice.stop()
 
 
 def test_a_server_that_ended_by_itself_is_started_again(project: Callable[[dict[str, str]], Project]) -> None:

@@ -68,8 +68,6 @@ class Server:
     def load(self, *models: str) -> None:
         """Make sure that models are ready. A server that is not ours is not told to load anything.
 
-        Our own lets go of its other models: each has a process, and to hold a thousand takes all memory there is.
-
         Raises:
             ServerError: With the model's own reason.
         """
@@ -87,6 +85,9 @@ class Server:
     def has_ended(self) -> bool:
         """Return whether the server was ours and ended by itself."""
         return False
+
+    def keep(self, *models: str) -> None:
+        """Let go of all other models, without waiting for it. A server that is not ours keeps what it has."""
 
     def log_tail(self, lines: int = 12) -> str:
         """Return the last lines of the server's log, without its tables; empty where there is no log."""
@@ -108,12 +109,10 @@ class _Embedded(Server):
             if model in self._failures:  # to load it again may end the server: a warm-up that failed does
                 raise self._failures[model]
         pending = [model for model in dict.fromkeys(models) if model not in self._loaded]
-        if pending:
-            self._let_go([model for model in self._loaded if model not in models])
         if not self._leaving.isdisjoint(pending):  # tritonserver can end if it loads what has not ended yet
             self._until_gone()
         while pending:
-            wave = self._next_wave(pending)
+            wave = self._next_wave(pending, keep=models)
             pending = pending[len(wave) :]
             threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
             try:
@@ -135,8 +134,9 @@ class _Embedded(Server):
             time.sleep(0.02)
         return self._process.poll() is not None
 
-    def _let_go(self, models: Sequence[str]) -> None:
-        for model in models:  # answered at once; their processes take a second or two to end
+    def keep(self, *models: str) -> None:
+        for model in [model for model in self._loaded if model not in models]:
+            # Answered at once; the model's process takes a second or two to end.
             _ask(self.url, f"/v2/repository/models/{model}/unload", {})
             self._loaded.remove(model)
             self._leaving.add(model)
@@ -149,11 +149,13 @@ class _Embedded(Server):
             time.sleep(0.02)
         self._leaving.clear()
 
-    def _next_wave(self, pending: Sequence[str]) -> list[str]:
-        """Return the first models that fit into memory together; wait for room when there is none for the first."""
-        if self._needs(pending[0]) > _free_memory():
-            self._until_gone()
+    def _next_wave(self, pending: Sequence[str], keep: Sequence[str]) -> list[str]:
+        """Return the first models that fit into memory together; make room when there is none for the first."""
         free = _free_memory()
+        if self._needs(pending[0]) > free:
+            self.keep(*keep)
+            self._until_gone()
+            free = _free_memory()
         wave = [pending[0]]
         for model in pending[1:]:
             if sum(map(self._needs, [*wave, model])) > free:

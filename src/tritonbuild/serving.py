@@ -198,7 +198,8 @@ class ServerChoice:
         """Return the running server, which has loaded the model if it can.
 
         With it, the embedded server loads the models whose turn is next, as many as there are cores: each imports torch
-        in a process of its own, which takes longer than the smoke test. What does not load, its own test tells.
+        in a process of its own, which takes longer than the smoke test. What does not load, its own test tells. It lets
+        go of those whose turn is over: to hold a thousand takes all the memory there is.
         """
         running = self.get()
         if self.kind != "embedded" or model in self._asked:
@@ -212,6 +213,7 @@ class ServerChoice:
             wave += itertools.takewhile(self._is_due, following[: len(os.sched_getaffinity(0)) - 1])
         self._asked.update(wave)
         with contextlib.suppress(ServerError):
+            running.keep(*wave)
             running.load(*wave)
         return self.get()  # another one, if that ended it: a warm-up that fails sometimes does
 
